@@ -1,0 +1,51 @@
+"""Checkpoints on disk: which files make a directory one, looked at without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def iteration_dir(path: Path, iteration: int | None = None) -> Path | None:
+    """The `iter_NNNNNNN` folder of a torch_dist checkpoint (the latest, or the one asked for); None without one.
+
+    `path` may also be an `iter_NNNNNNN` folder itself.
+    """
+    if (path / ".metadata").is_file():
+        return path
+    if iteration is None:
+        try:
+            iteration = int((path / LATEST).read_text())
+        except (OSError, ValueError):
+            return None
+    folder = path / f"iter_{iteration:07d}"
+    return folder if (folder / ".metadata").is_file() else None
+
+
+def check_megatron(path: Path) -> str:
+    """What is wrong with a checkpoint_megatron, '' when nothing is."""
+    folder = iteration_dir(path)
+    if folder is None:
+        return f"it has no {LATEST} with an iter_NNNNNNN/.metadata"
+    return "" if any(folder.glob("*.distcp")) else f"{folder.name} holds no .distcp file"
+
+
+def check_lora(path: Path) -> str:
+    """What is wrong with a checkpoint_lora, '' when nothing is."""
+    if (path / "adapter_config.json").is_file():
+        return "it is a Hugging Face PEFT adapter; this step takes Megatron ones"
+    return check_megatron(path)
+
+
+def check_hf(path: Path) -> str:
+    """What is wrong with a checkpoint_hf (a directory or a .gguf file), '' when nothing is."""
+    if path.is_file():
+        return "" if path.suffix == ".gguf" else "a file must be a .gguf"
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return "it is an adapter, not a model"
+    if not (path / "config.json").is_file():
+        return "it has no config.json"
+    if not any(path.glob("*.safetensors")):
+        return "it holds no .safetensors file"
+    return ""

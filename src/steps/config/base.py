@@ -1,0 +1,74 @@
+"""What every typed section and every step's Config stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from steps.artifacts.opening import Artifact
+    from steps.errors import Problem
+
+
+class Section(BaseModel):
+    """A mapping of the YAML with known, typed keys.
+
+    Strict: "16" is no integer (1 is a float, though). Unknown keys are let in here and reported by `validate`, which
+    knows where they came from and whether an engine takes them.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True, protected_namespaces=())
+
+
+class RunEnv(Section):
+    """Where and how the job runs; a profile fills it, `run.env.KEY=…` overrides it. Fields of one executor are checked
+    by that executor."""
+
+    container_image: str | None = Field(None, description="Container image the job runs in")
+    nodes: int | None = Field(None, ge=1, description="Number of nodes")
+    gpus_per_node: int | None = Field(None, ge=0, description="GPUs on each node")
+    nprocs_per_node: int | None = Field(
+        None, ge=1, description="Processes that torchrun starts on each node (default: gpus_per_node, or 1)"
+    )
+    env_vars: dict[str, str] = Field(default_factory=dict, description="Environment variables of the job")
+    mounts: list[str] = Field(default_factory=list, description="host:container mounts")
+
+
+class Run(Section):
+    """Everything that is about running the job, not about what it computes. Never part of the config digest."""
+
+    env: RunEnv = Field(default_factory=RunEnv, description="The environment, filled by a profile")
+
+
+class StepConfig(Section):
+    """The root of a step's configuration. A step subclasses it in its `schema.py` as `Config`."""
+
+    run: Run = Field(default_factory=Run, description="Where and how the job runs")
+
+    #: Sections whose unknown keys `accepts_unknown` may let pass.
+    open_sections: ClassVar[frozenset[str]] = frozenset()
+
+    def accepts_unknown(self, key: str) -> str:
+        """Why an unknown dotted key is let through ("passed to Megatron-Bridge"), '' to refuse it."""
+        return ""
+
+    def check_values(self) -> Iterable[Problem]:
+        """Faults that need more than one key to see. Torch-free, no file is read."""
+        return ()
+
+    def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
+        """Faults between the configuration and the opened input artifacts, by config key. Torch-free.
+
+        Absent keys: inputs that are optional and not given. A Problem's `name` is the manifest error it stands for.
+        """
+        return ()
+
+    def launch_here(self) -> Iterable[Problem]:
+        """Faults of running on this machine (a package that is not installed, …). Not asked for remote jobs."""
+        return ()
+
+    def processes(self) -> Mapping[str, Any]:
+        """What a torchrun launch needs to know that only this step knows. Usually nothing."""
+        return {}

@@ -1,0 +1,140 @@
+"""From a plain mapping to a step's typed Config, with every fault found at once and each traced to its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from steps.config.base import Section, StepConfig
+from steps.errors import ConfigError, Problem, suggest
+
+C = TypeVar("C", bound=StepConfig)
+
+_EXPECTED = {
+    "int_type": "an integer", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
+    "list_type": "a list", "dict_type": "a mapping", "model_type": "a section with keys", "int_from_float": "an integer",
+    "model_attributes_type": "a section with keys", "is_instance_of": "a section with keys", "none_required": "null",
+}  # fmt: skip
+
+
+def validate(cls: type[C], data: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> tuple[C, list[str]]:
+    """Build `cls` from `data`.
+
+    sources: where each dotted key came from ("command line", "tiny.yaml:7"), for the messages.
+    Returns the config and notes (unknown keys that an engine takes as they are).
+    Raises ConfigError with every unknown key, wrong type, value outside its choices and inconsistency.
+    """
+    sources = sources or {}
+    problems: list[Problem] = []
+    config: C | None = None
+    try:
+        config = cls.model_validate(data)
+    except ValidationError as error:
+        problems += [_from_pydantic(entry, sources) for entry in error.errors(include_url=False)]
+    notes: list[str] = []
+    for key, siblings in unknown_keys(cls, data):
+        # A config that is invalid elsewhere cannot be asked; build what can be built, unchecked, to ask it.
+        why = (config or cls.model_construct(**data)).accepts_unknown(key)
+        if why:
+            notes.append(f"{key}: {why}")
+        else:
+            problems.append(_unknown(key, siblings, cls, sources))
+    if config is not None:
+        problems += [_with_source(problem, sources) for problem in config.check_values()]
+    if problems:
+        raise ConfigError(problems)
+    assert config is not None
+    return config, notes
+
+
+def unknown_keys(cls: type[BaseModel], data: Any, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Dotted keys of `data` that the model lacks, with the keys that exist beside each."""
+    if not isinstance(data, Mapping):
+        return
+    known = keys(cls)
+    for name, value in data.items():
+        key = f"{prefix}{name}"
+        field = known.get(str(name))
+        if field is None:
+            yield key, list(known)
+        elif (section := section_of(field.annotation)) is not None:
+            yield from unknown_keys(section, value, f"{key}.")
+
+
+def keys(cls: type[BaseModel]) -> dict[str, Any]:
+    """A section's own keys as they are written in YAML (`_target_`, not `target`), with their FieldInfo."""
+    return {info.alias or name: info for name, info in cls.model_fields.items()}
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The Section class in an annotation (`Peft`, `Peft | None`), or None."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next((kind for kind in options if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a config class as (dotted key, pydantic FieldInfo), in the order of definition."""
+    for name, info in keys(cls).items():
+        section = section_of(info.annotation)
+        if section is None:
+            yield f"{prefix}{name}", info
+        else:
+            yield from fields(section, f"{prefix}{name}.")
+
+
+def source_of(key: str, sources: Mapping[str, str]) -> str:
+    """Where a key came from: its own source, or that of the section it lies in."""
+    while key:
+        if key in sources:
+            return sources[key]
+        key = key.rpartition(".")[0]
+    return ""
+
+
+def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
+    return Problem(**{**vars(problem), "source": problem.source or source_of(problem.where, sources)})
+
+
+def _unknown(key: str, siblings: list[str], cls: type[StepConfig], sources: Mapping[str, str]) -> Problem:
+    parent, _, name = key.rpartition(".")
+    hint = suggest(name, siblings)
+    if hint and parent:
+        hint = hint.replace("Did you mean ", f"Did you mean {parent}.")
+    if not hint:  # the right name in the wrong section
+        hint = suggest(key, [full for full, _ in fields(cls)])
+        same = [full for full, _ in fields(cls) if full.rpartition(".")[2] == name]
+        hint = f"Did you mean {same[0]}?" if same else hint
+    allowed = "" if hint else ", ".join(sorted(siblings))
+    return Problem(where=key, what="unknown key", source=source_of(key, sources), allowed=allowed, hint=hint)
+
+
+def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str]) -> Problem:
+    # pydantic adds the tags of union members to the location; keys of our data are what counts.
+    key = ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("function-", "constrained-")))
+    for tag in (".int", ".float", ".str", ".bool", ".list[str]", ".literal"):
+        key = key.removesuffix(tag)
+    kind, context, value = entry["type"], entry.get("ctx", {}), entry.get("input")
+    allowed, hint = "", ""
+    if kind == "missing":
+        return Problem(where=key, what="is required", hint=f"Add {key}=… to the command line or the YAML.")
+    if kind in ("literal_error", "enum"):
+        what = f"{_show(value)} is not one of the choices"
+        allowed = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
+        hint = suggest(str(value), allowed.split(", "))
+    elif kind in _EXPECTED:
+        what = f"{_show(value)} is not {_EXPECTED[kind]}"
+    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[kind]
+        what, allowed = f"{_show(value)} is out of range", f"{sign} {next(iter(context.values()))}"
+    elif kind == "value_error":
+        what = str(context.get("error", entry["msg"]))
+    else:
+        what = f"{_show(value)}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+    return Problem(where=key, what=what, source=source_of(key, sources), allowed=allowed, hint=hint)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

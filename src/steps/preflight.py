@@ -1,0 +1,66 @@
+"""Everything that is checked before a step starts: by a dry run, by `steps run`, and once more inside the job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from steps.artifacts.opening import Artifact, open_artifact
+from steps.config.base import StepConfig
+from steps.config.validate import source_of
+from steps.errors import ArtifactError, Problem
+from steps.manifest import Manifest, Port
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the checks found: the opened inputs by config key, what refuses the run, what is only worth saying.
+
+    missing: required inputs that are not there at all; `--upstream` can make those.
+    """
+
+    inputs: Mapping[str, Artifact]
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+    missing: tuple[Port, ...] = ()
+
+    def raise_if_any(self) -> None:
+        """Raise ArtifactError with every problem."""
+        if self.problems:
+            raise ArtifactError(self.problems)
+
+
+def lookup(config: Any, key: str) -> Any:
+    """The value at a dotted key of a typed config or a plain mapping; None where any part is absent."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else getattr(config, part, None)
+        if config is None:
+            return None
+    return config
+
+
+def check(manifest: Manifest, config: StepConfig, sources: Mapping[str, str] | None = None) -> Findings:
+    """Open every artifact the manifest says the step consumes and hold them against the configuration."""
+    inputs: dict[str, Artifact] = {}
+    problems: list[Problem] = []
+    missing: list[Port] = []
+    for port in manifest.consumes:
+        value = lookup(config, port.key)
+        if value is None:
+            if port.required:
+                what = f"no {port.type} is given"
+                problems.append(Problem(where=port.key, what=what, name=f"missing_{port.type}"))
+                missing.append(port)
+            continue
+        try:
+            inputs[port.key] = open_artifact(str(value), port.type, port.key)
+        except ArtifactError as error:
+            problems += error.problems
+            if error.name == f"missing_{port.type}":
+                missing.append(port)
+    if not problems:
+        problems += config.check_inputs(inputs)
+    warnings = tuple(warning for artifact in inputs.values() for warning in artifact.warnings)
+    located = (replace(problem, source=problem.source or source_of(problem.where, sources or {})) for problem in problems)
+    return Findings(inputs, tuple(located), warnings, tuple(missing))

@@ -1,0 +1,208 @@
+"""What a step.py stands on: its configuration, its checked inputs, a place to report to and a way to publish.
+
+    def run(job: Job[Config]) -> None:
+        with job.produce("output_dir") as out:
+            out.facts["rows"] = write_rows(out.path, job.config, job.progress)
+        job.summary(rows=out.facts["rows"])
+
+    if __name__ == "__main__":
+        runtime.main(run)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from steps import __version__, preflight
+from steps.artifacts import record
+from steps.artifacts.opening import Artifact
+from steps.config import yaml12
+from steps.config.base import StepConfig
+from steps.config.validate import validate
+from steps.errors import Interrupted, StepFailed, StepsError
+from steps.manifest import Manifest
+from steps.manifest import read as read_manifest
+from steps.runtime.progress import Reporter
+from steps.runtime.sinks import sinks
+
+C = TypeVar("C", bound=StepConfig)
+
+SUMMARY = "summary.json"
+#: Set by whoever draws bars from progress.json, so that lines do not repeat them.
+WATCHED = "STEPS_WATCHED"
+
+
+@dataclass
+class Output:
+    """An artifact being written: fill `path` with files and `facts` with what later steps must agree with."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job(Generic[C]):
+    """One running step.
+
+    inputs:    the opened artifacts, by config key.
+    directory: where the job's own files go (metrics.jsonl, …), never an artifact.
+    """
+
+    config: C
+    resolved: Mapping[str, Any]
+    manifest: Manifest
+    inputs: Mapping[str, Artifact]
+    progress: Reporter
+    directory: Path
+    passthrough: tuple[str, ...] = ()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints (rank 0)."""
+        return os.environ.get("RANK", "0") == "0"
+
+    def record(self, key: str) -> record.Record:
+        """A new record for the artifact at config key `key`, with everything known before the work starts."""
+        port = next(port for port in self.manifest.produces if port.key == key)
+        return record.Record(
+            type=port.type,
+            producer={"step": self.manifest.id, "job": self.directory.name, "code_version": __version__},
+            config_digest=record.digest_config(self.resolved),
+            inputs=[
+                record.Input(name, str(item.path or item.value), item.type, item.record.digest if item.record else "")
+                for name, item in self.inputs.items()
+            ],
+        )
+
+    @contextmanager
+    def produce(self, key: str, *, keep_partial: bool = False) -> Iterator[Output]:
+        """Write the artifact that config key `key` places. See `artifacts.record.publish`."""
+        destination, new = Path(preflight.lookup(self.config, key)).expanduser(), self.record(key)
+        with record.publish(destination, new, keep_partial=keep_partial) as partial:
+            output = Output(partial, new.facts)
+            yield output
+        self.progress.log(f"{new.type} written to {destination}")
+
+    def summary(self, **values: Any) -> None:
+        """What the person who started the run wants to read at its end. Later calls add to earlier ones."""
+        if self.is_main:
+            path = self.directory / SUMMARY
+            known = json.loads(path.read_text()) if path.exists() else {}
+            record.write_text(path, json.dumps({**known, **values}, default=str))
+
+
+def main(run: Callable[[Job[Any]], None]) -> NoReturn:
+    """Run a step: `python -m steps.<category>.<step>.step --config FILE [--debug] [-- PASSTHROUGH…]`.
+
+    Ends the process: 0, or the exit code of the failure, told in one message (`--debug` adds the traceback).
+    """
+    arguments = sys.argv[1:]
+    own, passthrough = _split(arguments)
+    debug = "--debug" in own
+    own = [argument for argument in own if argument != "--debug"]
+    manifest: Manifest | None = None
+    try:
+        folder = Path(sys.modules[run.__module__].__file__ or "").resolve().parent
+        manifest = read_manifest(folder, folder.parents[1])
+        if len(own) != 2 or own[0] != "--config":
+            raise SystemExit(f"usage: python -m {manifest.module} --config FILE [--debug] [-- PASSTHROUGH…]")
+        _prepare_signals()
+        job = _open(manifest, Path(own[1]), tuple(passthrough))
+        try:
+            run(job)
+        finally:
+            job.progress.close()
+    except BaseException as error:
+        code = _tell(error, manifest, debug)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A hung thread or worker pool must not keep a failed job alive.
+        os._exit(code) if code else sys.exit(0)
+    sys.exit(0)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" in arguments:
+        at = arguments.index("--")
+        return arguments[:at], arguments[at + 1 :]
+    return arguments, []
+
+
+def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[Any]:
+    cls = importlib.import_module(manifest.schema_module).Config
+    data, lines = yaml12.load(path)
+    sources = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    config, _ = validate(cls, data, sources)
+    findings = preflight.check(manifest, config, sources)
+    findings.raise_if_any()
+    directory = path.parent if (path.parent / "job.yaml").exists() else Path.cwd()
+    active = os.environ.get("RANK", "0") == "0"
+    reporter = Reporter(
+        directory,
+        lines=WATCHED not in os.environ,
+        active=active,
+        sinks=sinks(getattr(config, "logger", None)) if active else (),
+    )
+    for warning in findings.warnings:
+        reporter.log(f"warning: {warning}")
+    return Job(config, data, manifest, findings.inputs, reporter, directory, passthrough)
+
+
+def _prepare_signals() -> None:
+    def stop(number: int, _: object) -> NoReturn:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def _tell(error: BaseException, manifest: Manifest | None, debug: bool) -> int:
+    """Print a failure as a person wants to read it; return its exit code."""
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            return 2
+        return int(error.code or 0)
+    if debug:
+        traceback.print_exception(error)
+    if not isinstance(error, StepsError):
+        error = _understand(error, debug)
+    for line in explain(error, manifest):
+        print(line, file=sys.stderr)
+    return error.exit_code
+
+
+def _understand(error: BaseException, debug: bool) -> StepsError:
+    """A failure of the machine, or of us, in the user's words."""
+    import errno
+
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted")
+    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+        return StepFailed("out of memory", hint="Use a smaller batch or pack_size, or a machine with more memory.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StepFailed(f"the disk is full ({error.filename or 'while writing'})", hint="Free some space and run again.")
+    if isinstance(error, OSError):
+        return StepFailed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    hint = "" if debug else "Run again with --debug for the traceback; it is a bug in steps, please report it."
+    return StepFailed(f"{type(error).__name__}: {error}", hint=hint)
+
+
+def explain(error: StepsError, manifest: Manifest | None) -> Iterator[str]:
+    """The lines that tell a failure: each problem, and what the manifest knows of it."""
+    for problem in error.problems:
+        yield f"error: {problem}"
+    for name in dict.fromkeys(problem.name for problem in error.problems if problem.name):
+        if manifest is not None and (known := manifest.error(name)):
+            yield f"  {name}: {known.cause}"
+            yield f"  What helps: {known.recovery}"
