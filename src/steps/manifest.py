@@ -6,12 +6,12 @@ Read by the dispatcher (before launch) and by `runtime` (inside the job), so it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from steps.artifacts import graph
-from steps.errors import StepsError
+from steps.errors import Problem, StepsError
 
 try:
     import tomllib
@@ -95,9 +95,12 @@ class Manifest:
         """The module whose `Config` types the step's configuration."""
         return f"steps.{self.id.replace('/', '.')}.schema"
 
-    def error(self, name: str) -> KnownError | None:
-        """The [[errors]] entry of that name."""
-        return next((error for error in self.errors if error.name == name), None)
+    def explain(self, problem: Problem) -> Problem:
+        """The problem, reported under its manifest name with cause and recovery, where the manifest knows it."""
+        known = next((error for error in self.errors if error.name == problem.name), None)
+        if known is None or known.recovery in problem.hint:
+            return problem
+        return replace(problem, hint=f"{problem.hint} [{known.name}] {known.cause} {known.recovery}".strip())
 
 
 _TABLES: Mapping[str, type] = {
@@ -118,13 +121,18 @@ def read(folder: Path, root: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise StepsError(f"{path}: {error}") from error
     step = dict(data.pop("step", {}))
-    tables = {name: tuple(_row(kind, row, f"{path}: [[{name}]]") for row in data.pop(name, ())) for name, kind in _TABLES.items()}
+    tables = {
+        name: tuple(_row(kind, row, f"{path}: [[{name}]]") for row in data.pop(name, ()))
+        for name, kind in _TABLES.items()
+    }
     run = _row(RunTable, data.pop("run", {}), f"{path}: [run]")
     reference = data.pop("reference", {})
     if data:
         raise StepsError(f"{path}: unknown table {next(iter(data))!r}")
     step["tags"] = tuple(step.get("tags", ()))
-    manifest = _row(Manifest, {**step, **tables, "run": run, "reference": reference, "folder": folder}, f"{path}: [step]")
+    manifest = _row(
+        Manifest, {**step, **tables, "run": run, "reference": reference, "folder": folder}, f"{path}: [step]"
+    )
     expected = folder.relative_to(root).as_posix()
     if manifest.id != expected:
         raise StepsError(f"{path}: id {manifest.id!r} is not its path {expected!r}")

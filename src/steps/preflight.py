@@ -62,5 +62,7 @@ def check(manifest: Manifest, config: StepConfig, sources: Mapping[str, str] | N
     if not problems:
         problems += config.check_inputs(inputs)
     warnings = tuple(warning for artifact in inputs.values() for warning in artifact.warnings)
-    located = (replace(problem, source=problem.source or source_of(problem.where, sources or {})) for problem in problems)
+    located = (
+        replace(problem, source=problem.source or source_of(problem.where, sources or {})) for problem in problems
+    )
     return Findings(inputs, tuple(located), warnings, tuple(missing))

@@ -68,8 +68,10 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
     for wanted, check in CONTRACTS.items():
         if graph.is_a(type, wanted) and (fault := check(path)):
             raise _error(key, f"{value} is no {type}: {fault}", "wrong_type")
-    warnings = () if graph.is_a(type, "training_jsonl") or type == "checkpoint_hf" else (
-        f"{value} has no artifact.json: its contents are taken on trust",
+    warnings = (
+        ()
+        if graph.is_a(type, "training_jsonl") or type == "checkpoint_hf"
+        else (f"{value} has no artifact.json: its contents are taken on trust",)
     )
     return Artifact(key, type, value, root, warnings=warnings)
 

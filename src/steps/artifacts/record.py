@@ -130,7 +130,7 @@ def write_text(path: Path, text: str, mode: int | None = None) -> None:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold `path`'s place alone: a second writer of the same artifact fails at once instead of mixing with the first."""
+    """Hold `path`'s place alone: a second writer of the same artifact fails at once, nothing mixes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock_path = path.parent / f".{path.name}.lock"
     with lock_path.open("a") as file:

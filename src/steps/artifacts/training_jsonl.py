@@ -15,7 +15,7 @@ def expand(value: str) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
     if path.exists():
         return [path]
-    return sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    return sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207, the pattern may be absolute
 
 
 def check(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,13 +39,13 @@ class RunEnv(Section):
 class Run(Section):
     """Everything that is about running the job, not about what it computes. Never part of the config digest."""
 
-    env: RunEnv = Field(default_factory=RunEnv, description="The environment, filled by a profile")
+    env: RunEnv = Field(default_factory=lambda: RunEnv(), description="The environment, filled by a profile")
 
 
 class StepConfig(Section):
     """The root of a step's configuration. A step subclasses it in its `schema.py` as `Config`."""
 
-    run: Run = Field(default_factory=Run, description="Where and how the job runs")
+    run: Run = Field(default_factory=lambda: Run(), description="Where and how the job runs")
 
     #: Sections whose unknown keys `accepts_unknown` may let pass.
     open_sections: ClassVar[frozenset[str]] = frozenset()
@@ -69,6 +69,6 @@ class StepConfig(Section):
         """Faults of running on this machine (a package that is not installed, …). Not asked for remote jobs."""
         return ()
 
-    def processes(self) -> Mapping[str, Any]:
-        """What a torchrun launch needs to know that only this step knows. Usually nothing."""
-        return {}
+    def wants_torchrun(self) -> bool:
+        """Whether even a single process must be started by torchrun (only for steps with launch = "torchrun")."""
+        return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -17,7 +17,7 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_Base):  # type: ignore[misc]
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 for _tag, _pattern, _first in (
@@ -42,13 +42,20 @@ def _int(loader: Any, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 
 
-def parse_value(text: str) -> Any:
-    """The value that `text` means on a command line. Nothing stays nothing: '' is the empty string, not null.
-
-    Raises ValueError when it starts a list, mapping or quote and does not end it.
-    """
-    if text.strip() == "":
+def scalar(text: str) -> Any:
+    """The scalar that the whole of `text` means: 16, 1e-4, true, null; anything else, '' too, is text."""
+    if text == "":
         return text
+    loader = _Loader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, text)) if tag != "tag:yaml.org,2002:merge" else text
+    finally:
+        loader.dispose()
+
+
+def parse_value(text: str) -> Any:
+    """The value of a text in flow style (`[1, 2]`, `{a: b}`, `"quoted"`). Raises ValueError when it is not closed."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506, a safe loader
     except yaml.YAMLError as error:
@@ -114,10 +121,9 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
-def _str(dumper: Any, text: str) -> yaml.Node:
+def _str(dumper: Any, text: str) -> Any:
     # Quote what the 1.2 resolver would read as another type (1e-4: text for YAML 1.1, a number for us).
-    plain = yaml.load(text, Loader=_Loader) if re.fullmatch(r"[-+.\w]+", text) else text  # noqa: S506
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain == text else '"')
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if scalar(text) == text else '"')
 
 
 _Dumper.add_representer(str, _str)

@@ -1,0 +1,1 @@
+"""The command line. Free of torch, and nothing here knows a particular step."""

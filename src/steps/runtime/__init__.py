@@ -1,12 +1,12 @@
 """What a step.py stands on: its configuration, its checked inputs, a place to report to and a way to publish.
 
-    def run(job: Job[Config]) -> None:
-        with job.produce("output_dir") as out:
-            out.facts["rows"] = write_rows(out.path, job.config, job.progress)
-        job.summary(rows=out.facts["rows"])
+def run(job: Job[Config]) -> None:
+    with job.produce("output_dir") as out:
+        out.facts["rows"] = write_rows(out.path, job.config, job.progress)
+    job.summary(rows=out.facts["rows"])
 
-    if __name__ == "__main__":
-        runtime.main(run)
+if __name__ == "__main__":
+    runtime.main(run)
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def _tell(error: BaseException, manifest: Manifest | None, debug: bool) -> int:
         traceback.print_exception(error)
     if not isinstance(error, StepsError):
         error = _understand(error, debug)
-    for line in explain(error, manifest):
-        print(line, file=sys.stderr)
+    for problem in error.problems:
+        print(f"error: {manifest.explain(problem) if manifest else problem}", file=sys.stderr)
     return error.exit_code
 
 
@@ -191,18 +191,10 @@ def _understand(error: BaseException, debug: bool) -> StepsError:
     if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
         return StepFailed("out of memory", hint="Use a smaller batch or pack_size, or a machine with more memory.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StepFailed(f"the disk is full ({error.filename or 'while writing'})", hint="Free some space and run again.")
+        return StepFailed(
+            f"the disk is full ({error.filename or 'while writing'})", hint="Free some space and run again."
+        )
     if isinstance(error, OSError):
         return StepFailed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     hint = "" if debug else "Run again with --debug for the traceback; it is a bug in steps, please report it."
     return StepFailed(f"{type(error).__name__}: {error}", hint=hint)
-
-
-def explain(error: StepsError, manifest: Manifest | None) -> Iterator[str]:
-    """The lines that tell a failure: each problem, and what the manifest knows of it."""
-    for problem in error.problems:
-        yield f"error: {problem}"
-    for name in dict.fromkeys(problem.name for problem in error.problems if problem.name):
-        if manifest is not None and (known := manifest.error(name)):
-            yield f"  {name}: {known.cause}"
-            yield f"  What helps: {known.recovery}"

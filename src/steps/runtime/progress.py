@@ -1,4 +1,4 @@
-"""What a running step shows: lines for people and logs, progress.json for whoever watches, metrics.jsonl for programs."""
+"""What a running step shows: lines for logs, progress.json for whoever watches, metrics.jsonl for programs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ class _Task:
         parts.append(f"{short(rate)} {self.unit}/s")
         if self.total and 0 < self.done < self.total and rate:
             parts.append(f"{(self.total - self.done) / rate:.0f} s left")
-        parts += [f"{key} {short(value) if isinstance(value, float | int) else value}" for key, value in self.fields.items()]
+        parts += [
+            f"{key} {short(value) if isinstance(value, float | int) else value}" for key, value in self.fields.items()
+        ]
         return ", ".join(parts)
 
     def __enter__(self) -> _Task:

@@ -50,4 +50,6 @@ def sinks(logger: Any) -> Iterator[Any]:
 
 
 def _missing(key: str, package: str) -> ConfigError:
-    return ConfigError(Problem(where=key, what=f"the package {package} is not installed", hint=f"pip install {package}"))
+    return ConfigError(
+        Problem(where=key, what=f"the package {package} is not installed", hint=f"pip install {package}")
+    )

@@ -1,0 +1,176 @@
+"""The command line: list, show, run. The only place that prints an error and ends the process."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from steps import __version__
+from steps.dispatch import complete
+from steps.errors import StepsError, UsageError
+
+app = typer.Typer(
+    name="steps",
+    help="Run the steps of an LLM fine-tuning pipeline, here or on a cluster.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+#: What stood behind `--`. Typer would mix it with the overrides, so `main` takes it off before.
+_passthrough: tuple[str, ...] = ()
+
+StepId = Annotated[str, typer.Argument(metavar="ID", help="Step id or its tail.", autocompletion=complete.step_ids)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> NoReturn:
+    """The console script `steps`."""
+    global _passthrough
+    arguments = sys.argv[1:]
+    if "--" in arguments:
+        at = arguments.index("--")
+        arguments, _passthrough = arguments[:at], tuple(arguments[at + 1 :])
+    try:
+        app(args=arguments, prog_name="steps")
+    except StepsError as error:
+        _fail(error)
+    except BrokenPipeError:  # `steps list | head`
+        sys.stderr.close()
+        raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(0)
+
+
+def _fail(error: StepsError) -> NoReturn:
+    if "--debug" in sys.argv:
+        import traceback
+
+        traceback.print_exception(error)
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(error.exit_code)
+
+
+def _no_passthrough() -> None:
+    if _passthrough:
+        raise UsageError(f"only `run` takes arguments behind --, got {' '.join(_passthrough)!r}")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"steps {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_steps(
+    category: Annotated[str | None, typer.Option(help="Only this category.")] = None,
+    consumes: Annotated[str | None, typer.Option(help="Only steps that take this artifact type.")] = None,
+    produces: Annotated[str | None, typer.Option(help="Only steps that make this artifact type.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only steps with this tag.")] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="By category, with the artifacts that flow.")] = False,
+    json: Json = False,
+) -> None:
+    """List the steps."""
+    from steps.dispatch import catalog, render
+
+    _no_passthrough()
+    steps = catalog.select(category=category, consumes=consumes, produces=produces, tag=tag)
+    if json:
+        _print_json([render.step_json(step) for step in steps])
+    elif not steps:
+        print("no step fits all of these filters", file=sys.stderr)
+    else:
+        _print(render.step_tree(steps) if tree else render.step_list(steps))
+
+
+@app.command()
+def show(step: StepId, json: Json = False) -> None:
+    """Show a step: artifacts, parameters, configs, strategies, errors, how it is launched."""
+    from steps.dispatch import catalog, render
+    from steps.dispatch.parameters import parameters
+
+    _no_passthrough()
+    found = catalog.find(step)
+    rows = parameters(found)
+    if json:
+        _print_json({**render.step_json(found), "config": [{**row, "default": _plain(row["default"])} for row in rows]})
+    else:
+        _print(render.step_page(found, rows))
+
+
+@app.command()
+def run(
+    step: StepId,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]... [-- PASSTHROUGH...]",
+            help="Overrides (key=value, +new=value, ~deleted); behind --, arguments for the step itself.",
+            autocompletion=complete.overrides,
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        str,
+        typer.Option(
+            "--config", "-c", metavar="NAME|PATH", help="Shipped config or YAML file.", autocompletion=complete.configs
+        ),
+    ] = "default",
+    attached: Annotated[
+        str | None,
+        typer.Option("--run", "-r", metavar="PROFILE", help="Run with this profile and stay until the end."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", "-b", metavar="PROFILE", help="Submit with this profile and return at once."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-d", help="Do everything but run.")] = False,
+    force_squash: Annotated[
+        bool, typer.Option("--force-squash", help="Import the container image on the cluster anew.")
+    ] = False,
+    upstream: Annotated[
+        bool, typer.Option("--upstream", help="First run the steps that make what is missing.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Run a step, here or through a profile."""
+    from steps.dispatch import catalog, launch
+
+    launch.run(
+        catalog.find(step),
+        launch.Request(
+            config=config, overrides=tuple(overrides or ()), passthrough=_passthrough, attached=attached, batch=batch,
+            dry_run=dry_run, force_squash=force_squash, upstream=upstream, json=json, debug=debug,
+        ),
+    )  # fmt: skip
+
+
+def _print(lines: object) -> None:
+    for line in lines:  # type: ignore[attr-defined]
+        print(line)
+
+
+def _print_json(data: object) -> None:
+    import json
+
+    print(json.dumps(data, indent=2, default=str))
+
+
+def _plain(default: object) -> object:
+    return None if default is ... else default

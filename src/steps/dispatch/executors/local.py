@@ -1,0 +1,142 @@
+"""On this machine: a process of its own, its output in the job's log, shown here while someone watches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from steps.config.base import StepConfig
+from steps.dispatch.job import JobSpec, Status, quote, read_status, step_arguments, utc_now
+from steps.dispatch.watch import Watch
+from steps.errors import Problem
+
+SCRIPT = "command.sh"
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 15.0
+
+
+class Local:
+    """Executor `local`."""
+
+    is_local = True
+
+    def check(self, config: StepConfig) -> Iterable[Problem]:
+        yield from config.launch_here()
+        if (config.run.env.nodes or 1) > 1:
+            hint = "Use a Slurm profile for several nodes."
+            yield Problem(where="run.env.nodes", what="this machine is one node", allowed="1", hint=hint)
+
+    def render(self, spec: JobSpec) -> Mapping[str, str]:
+        return {SCRIPT: script(spec)}
+
+    def submit(self, spec: JobSpec, *, attached: bool) -> int:
+        environment = {**os.environ, **spec.secret_env}
+        if attached:
+            return supervise(spec.directory, environment, watched=True)
+        subprocess.Popen(
+            [sys.executable, "-m", "steps.dispatch.executors.local", os.fspath(spec.directory)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return 0
+
+
+EXECUTOR = Local()
+
+
+def script(spec: JobSpec) -> str:
+    """command.sh: the environment that may be written down, then the command. Secrets come with the process."""
+    python = [sys.executable]
+    if spec.torchrun:
+        # --standalone picks a free rendezvous port, so that two jobs on one machine never meet.
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.nprocs}"]
+    exports = [f"export {name}={quote([value])}" for name, value in spec.env.items()]
+    return "\n".join(["#!/bin/sh", *exports, f"exec {quote([*python, *step_arguments(spec)])}", ""])
+
+
+def supervise(directory: Path, environment: Mapping[str, str], *, watched: bool) -> int:
+    """Run the job's script to its end and keep its status; returns its exit code (130 when stopped by Ctrl-C)."""
+    watch = Watch(directory) if watched else None
+    told = {"STEPS_WATCHED": "1"} if watch and watch.draws_bars else {}
+    status = Status("running", started_at=utc_now())
+    with (directory / "log").open("ab") as log:
+        child = subprocess.Popen(
+            ["/bin/sh", os.fspath(directory / SCRIPT)],
+            env={**environment, "PYTHONUNBUFFERED": "1", **told},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches us alone; we pass it on and wait
+            preexec_fn=_die_with_parent,
+        )
+    status.handle = {"pid": child.pid, "host": platform.node()}
+    status.write(directory)
+    stopped = False
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while child.poll() is None:
+            try:
+                if watch:
+                    watch.update()
+                time.sleep(_POLL_SECONDS)
+            except KeyboardInterrupt:
+                stopped = True
+                _stop(child)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if watch:
+            watch.close()
+    code = child.returncode if child.returncode >= 0 else 128 - child.returncode
+    status = read_status(directory)
+    status.state = "cancelled" if stopped else "succeeded" if code == 0 else "failed"
+    status.exit_code = 130 if stopped else code
+    status.reason = _reason(child.returncode, stopped)
+    status.ended_at = utc_now()
+    status.write(directory)
+    return status.exit_code
+
+
+def _reason(code: int, stopped: bool) -> str:
+    if stopped:
+        return "stopped by the user"
+    if code >= 0:
+        return f"exit code {code}" if code else ""
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (" (out of memory, or kill -9)" if code == -signal.SIGKILL else "")
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Ask the whole process group to end, and insist after a while."""
+    for number, seconds in ((signal.SIGINT, _GRACE_SECONDS), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(seconds)
+            return
+        except ProcessLookupError:
+            return
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            continue
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    """kill -9 on us must not leave a step behind that goes on writing unseen (Linux)."""
+    if _LIBC is not None:
+        pr_set_pdeathsig = 1
+        _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(Path(sys.argv[1]), os.environ, watched=False))

@@ -1,0 +1,100 @@
+"""The sheet of a dry run: everything that would happen, as text or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from steps.dispatch import executors
+from steps.dispatch.job import MASK
+from steps.dispatch.plan import Planned
+from steps.dispatch.render import annotated, bold, section
+
+_FACTS = ("pack_size", "method", "dim", "family", "parameters", "dtype", "iteration")
+
+
+def text(planned: Sequence[Planned]) -> Iterator[str]:
+    """The sheet for people: one part a step, in the order they run."""
+    for number, entry in enumerate(planned, start=1):
+        order = f"{number} of {len(planned)}: " if len(planned) > 1 else ""
+        yield bold(f"{order}{entry.step.id} -c {entry.config_name}, profile {entry.spec.profile}")
+        yield from section("Configuration")
+        yield from annotated(entry.spec.config, entry.composed.sources)
+        yield from section("Inputs")
+        yield from _inputs(entry) if entry.step.consumes else iter(["none"])
+        yield from section("Outputs")
+        for port in entry.step.produces:
+            yield f"{port.key}: {_value(entry, port.key)} ({port.type})"
+        for note in [*entry.notes, *(f"warning: {warning}" for warning in entry.findings.warnings)]:
+            yield ""
+            yield note
+        for name, body in executors.get(entry.spec.executor).render(entry.spec).items():
+            yield from section(f"Command ({name})")
+            yield body.rstrip("\n")
+        yield from section("Environment")
+        yield from [f"{key}={value}" for key, value in _environment(entry).items()] or ["nothing beyond this shell's"]
+        yield ""
+
+
+def data(planned: Sequence[Planned], problems: Sequence[Any] = ()) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "ok": not problems,
+        "problems": [problem.to_dict() for problem in problems],
+        "steps": [
+            {
+                "step": entry.step.id,
+                "config_name": entry.config_name,
+                "profile": entry.spec.profile,
+                "executor": entry.spec.executor,
+                "config": entry.spec.config,
+                "sources": entry.composed.sources,
+                "inputs": {
+                    port.key: {"type": port.type, "value": _value(entry, port.key), "state": _state(entry, port.key)}
+                    for port in entry.step.consumes
+                },
+                "outputs": {
+                    port.key: {"type": port.type, "value": _value(entry, port.key)} for port in entry.step.produces
+                },
+                "notes": entry.notes,
+                "warnings": list(entry.findings.warnings),
+                "files": dict(executors.get(entry.spec.executor).render(entry.spec)),
+                "environment": _environment(entry),
+            }
+            for entry in planned
+        ],
+    }
+
+
+def _value(entry: Planned, key: str) -> Any:
+    from steps.preflight import lookup
+
+    return lookup(entry.config, key)
+
+
+def _state(entry: Planned, key: str) -> str:
+    if key in entry.waits_for:
+        return f"made by {entry.waits_for[key]}"
+    if key in entry.findings.inputs:
+        return "found"
+    return "not given" if _value(entry, key) is None else "missing"
+
+
+def _inputs(entry: Planned) -> Iterator[str]:
+    for port in entry.step.consumes:
+        artifact = entry.findings.inputs.get(port.key)
+        facts = {name: artifact.facts[name] for name in _FACTS if name in artifact.facts} if artifact else {}
+        told = "".join(f", {name} {value}" for name, value in facts.items())
+        yield f"{port.key}: {_value(entry, port.key)} ({port.type}, {_state(entry, port.key)}{told})"
+
+
+def _environment(entry: Planned) -> dict[str, str]:
+    return {**entry.spec.env, **dict.fromkeys(entry.spec.secret_env, MASK)}
+
+
+def results(entry: Planned, summary: dict[str, Any], directory: Path, seconds: float) -> Iterator[str]:
+    """The last lines of a job that went well."""
+    yield bold(f"{entry.step.id} done in {seconds:.1f} s") + f"  (job {directory})"
+    for key, value in summary.items():
+        yield f"  {key.replace('_', ' ')}: {f'{value:,.4g}' if isinstance(value, float) else value}"
