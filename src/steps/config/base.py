@@ -39,13 +39,13 @@ class RunEnv(Section):
 class Run(Section):
     """Everything that is about running the job, not about what it computes. Never part of the config digest."""
 
-    env: RunEnv = Field(default_factory=lambda: RunEnv(), description="The environment, filled by a profile")
+    env: RunEnv = Field(default_factory=RunEnv, description="The environment, filled by a profile")
 
 
 class StepConfig(Section):
     """The root of a step's configuration. A step subclasses it in its `schema.py` as `Config`."""
 
-    run: Run = Field(default_factory=lambda: Run(), description="Where and how the job runs")
+    run: Run = Field(default_factory=Run, description="Where and how the job runs")
 
     #: Sections whose unknown keys `accepts_unknown` may let pass.
     open_sections: ClassVar[frozenset[str]] = frozenset()

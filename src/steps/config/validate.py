@@ -14,8 +14,9 @@ C = TypeVar("C", bound=StepConfig)
 
 _EXPECTED = {
     "int_type": "an integer", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
-    "list_type": "a list", "dict_type": "a mapping", "int_from_float": "an integer", "model_type": "a section with keys",
-    "model_attributes_type": "a section with keys", "is_instance_of": "a section with keys", "none_required": "null",
+    "list_type": "a list", "dict_type": "a mapping", "int_from_float": "an integer",
+    "model_type": "a section with keys", "model_attributes_type": "a section with keys",
+    "is_instance_of": "a section with keys", "none_required": "null",
 }  # fmt: skip
 
 

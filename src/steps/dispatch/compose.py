@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,10 @@ def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    OmegaConf.register_new_resolver("steps.package_file", package_file, replace=True)
+    if not OmegaConf.has_resolver("steps.package_file"):
+        with warnings.catch_warnings():  # 2.4 renames the method; 2.3 has only this name for it
+            warnings.simplefilter("ignore")
+            OmegaConf.register_new_resolver("steps.package_file", package_file)
     problems = []
     for path, text in waiting.items():
         try:

@@ -112,7 +112,8 @@ def create(spec: JobSpec, files: Mapping[str, str]) -> None:
     spec.directory.mkdir()
     asked = {
         "id": spec.id, "step": spec.step, "config": spec.config_name, "profile": spec.profile,
-        "executor": spec.executor, "nodes": spec.nodes, "nprocs_per_node": spec.nprocs, "passthrough": list(spec.passthrough),
+        "executor": spec.executor, "nodes": spec.nodes, "nprocs_per_node": spec.nprocs,
+        "passthrough": list(spec.passthrough),
         "environment": {**spec.env, **dict.fromkeys(spec.secret_env, MASK)},
         "resolved": spec.config, "sources": dict(spec.sources),
     }  # fmt: skip

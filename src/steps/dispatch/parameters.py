@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import re
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from steps.config import yaml12
 from steps.config.validate import fields
@@ -30,11 +30,13 @@ def parameters(step: Manifest) -> list[dict[str, Any]]:
 
 def type_name(annotation: Any) -> str:
     """`int`, `str | null`, `cosine | linear`: a type as a user of YAML thinks of it."""
-    literal = re.findall(r"Literal\[([^\]]*)\]", str(annotation))
-    if literal:
-        text = literal[0].replace("'", "").replace(", ", " | ")
-        return text + (" | null" if "None" in str(annotation).replace(literal[0], "") else "")
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    return re.sub(r"\b(?:typing\.|steps\.[\w.]+\.)", "", text).replace("None", "null").replace("NoneType", "null")
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(type_name(option) for option in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    origin, inner = get_origin(annotation), ", ".join(map(type_name, get_args(annotation)))
+    return f"{getattr(origin, '__name__', origin)}[{inner}]" if origin is not None else "any"

@@ -76,7 +76,8 @@ def step_json(step: Manifest) -> dict[str, Any]:
         "id": step.id, "name": step.name, "category": step.category, "description": one_line(step.description),
         "tags": list(step.tags), "consumes": rows(step.consumes), "produces": rows(step.produces),
         "configs": list(catalog.configs(step)), "parameters": rows(step.parameters),
-        "strategies": rows(step.strategies), "errors": rows(step.errors), "run": dict(vars(step.run)), "reference": dict(step.reference),
+        "strategies": rows(step.strategies), "errors": rows(step.errors), "run": dict(vars(step.run)),
+        "reference": dict(step.reference),
     }  # fmt: skip
 
 

@@ -79,5 +79,6 @@ def _bars() -> Any:
 
     return Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}"),
+        TextColumn("{task.fields[unit]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[fields]}"),
     )  # fmt: skip

@@ -1,0 +1,38 @@
+"""Write the documents that are made from the code: docs/cli.md. `--check` only compares, for CI.
+
+python docs/generate.py [--check]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def cli() -> str:
+    """The command line's reference, from the command line itself."""
+    command = [sys.executable, "-m", "typer", "steps.dispatch.cli", "utils", "docs", "--name", "steps"]
+    # A fixed width keeps the text the same on every terminal.
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return "<!-- Written by docs/generate.py; edit the code instead. -->\n\n" + done.stdout.strip() + "\n"
+
+
+def main() -> int:
+    wanted = {HERE / "cli.md": cli()}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path} is out of date: run `make docs`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

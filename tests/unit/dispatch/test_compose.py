@@ -1,0 +1,111 @@
+"""Layers, inheritance, interpolation, and where each value came from."""
+
+from __future__ import annotations
+
+import pytest
+from support.steps import fake_step
+
+from steps.dispatch.compose import compose
+from steps.errors import ConfigError
+
+
+def test_layers_weakest_first(tmp_path):
+    step = fake_step(
+        tmp_path,
+        default="train:\n  iters: 100\n  list: [a, b]\nname: x\n",
+        tiny="defaults: default\ntrain:\n  iters: 5\n  list: [c]\n",
+    )
+    composed = compose(step, "tiny", ["train.iters=7"], {"nodes": 2, "_source": "profile p"})
+    assert composed.data == {"train": {"iters": 7, "list": ["c"]}, "name": "x", "run": {"env": {"nodes": 2}}}
+    assert composed.sources["train.iters"] == "command line"
+    assert composed.sources["train.list"] == "tiny.yaml:4"
+    assert composed.sources["name"] == "default.yaml:4"
+    assert composed.sources["run.env.nodes"] == "profile p"
+
+
+def test_dotlist_wins_over_the_profile(tmp_path):
+    step = fake_step(tmp_path, default="a: 1\n")
+    composed = compose(step, "default", ["run.env.time=12:00:00"], {"time": "4:00:00", "_source": "profile p"})
+    assert composed.data["run"]["env"]["time"] == "12:00:00"
+
+
+def test_a_users_overlay_may_name_a_shipped_config_and_a_neighbour(tmp_path):
+    step = fake_step(tmp_path / "step", default="a: 1\nb: 1\nc: 1\n")
+    (tmp_path / "other.yaml").write_text("b: 2\nc: 2\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [default, other, _self_]\nc: 3\n")
+    composed = compose(step, str(mine))
+    assert composed.data == {"a": 1, "b": 2, "c": 3}
+    assert composed.sources == {"a": "default.yaml:1", "b": "other.yaml:1", "c": "mine.yaml:2"}
+
+
+def test_an_overlay_named_like_a_shipped_config_inherits_from_the_shipped_one(tmp_path):
+    step = fake_step(tmp_path / "step", default="a: 1\n")
+    mine = tmp_path / "default.yaml"
+    mine.write_text("defaults: default\nb: 2\n")
+    assert compose(step, str(mine)).data == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        (
+            {"default": "defaults: tiny\n", "tiny": "defaults: default\n"},
+            "round in a circle: default.yaml -> tiny.yaml",
+        ),
+        ({"default": "defaults: nowhere\n"}, "neither a file beside default.yaml nor a config"),
+        ({"default": "defaults: {a: b}\n"}, "a name or a list of names"),
+        ({"default": "defaults: [_self_, x]\n"}, "can only come last"),
+    ],
+)
+def test_bad_inheritance(tmp_path, configs, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(fake_step(tmp_path, **configs), "default")
+
+
+def test_unknown_config_names_what_there_is(tmp_path):
+    step = fake_step(tmp_path, default="a: 1\n", tiny="a: 1\n")
+    with pytest.raises(ConfigError, match=r"no config 'tny'.*default, tiny.*Did you mean tiny"):
+        compose(step, "tny")
+    with pytest.raises(ConfigError, match="no file"):
+        compose(step, "not/here.yaml")
+
+
+def test_interpolations_resolve(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPS_TEST_DIR", "/data")
+    step = fake_step(
+        tmp_path,
+        default="a: 1\nb: ${a}\nc: ${oc.env:STEPS_TEST_DIR}/x\nd: ${oc.env:STEPS_NOT_SET,fallback}\n"
+        "e: ['${a}', {f: '${oc.env:STEPS_TEST_DIR}'}]\ng: ${steps.package_file:steps,py.typed}\nh: ${e}\n",
+    )
+    data = compose(step, "default").data
+    assert data["b"] == 1
+    assert data["c"] == "/data/x"
+    assert data["d"] == "fallback"
+    assert data["e"] == [1, {"f": "/data"}] == data["h"]
+    assert data["g"].endswith("steps/py.typed")
+
+
+def test_every_interpolation_that_does_not_resolve_is_reported(tmp_path):
+    step = fake_step(
+        tmp_path,
+        default="a: ${nowhere}\nb:\n  - ${oc.env:STEPS_NOT_SET}\nc: ${steps.package_file:no_such_package,x}\nd: fine\n",
+    )
+    with pytest.raises(ConfigError) as caught:
+        compose(step, "default")
+    assert [problem.where for problem in caught.value.problems] == ["a", "b.0", "c"]
+    assert [problem.source for problem in caught.value.problems] == [
+        "default.yaml:1",
+        "default.yaml:3",
+        "default.yaml:4",
+    ]
+    assert "no_such_package is not installed" in caught.value.problems[2].what
+
+
+def test_broken_grammar_is_told_with_its_key(tmp_path):
+    with pytest.raises(ConfigError, match=r"b: .*grammar is broken"):
+        compose(fake_step(tmp_path, default="a: 1\nb: ${oc.env\n"), "default")
+
+
+def test_dollar_without_brace_is_data(tmp_path):
+    assert compose(fake_step(tmp_path, default="a: $(rm x) $HOME\n"), "default").data == {"a": "$(rm x) $HOME"}
