@@ -27,7 +27,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], wi
     """
     if query.is_cuda and (window is None or max(lengths) <= window):
         return _fused(query, key, value, lengths)
-    out: Tensor = _Blocked.apply(query, key, value, tuple(lengths), window)
+    out: Tensor = _Blocked.apply(query, key, value, tuple(lengths), window)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -35,7 +35,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) ->
     heads = query.shape[1] * query.shape[2]
     # One split node: slicing per document would cost a full-size gradient buffer for each of them.
     parts = []
-    for q, k, v in zip(*(x.split(list(lengths)) for x in (query, key, value)), strict=True):
+    for q, k, v in zip(*(torch.split(x, list(lengths)) for x in (query, key, value)), strict=True):
         q = q.flatten(1, 2).transpose(0, 1)[None]
         k, v = (x.transpose(0, 1)[None].repeat_interleave(heads // key.shape[1], dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -56,7 +56,8 @@ def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[int, i
 def _scores(q: Tensor, k: Tensor, rows: int, window: int | None) -> Tensor:
     """Scaled and masked scores of one block, float32 or wider.
 
-    q: [groups, heads * rows, D] already scaled; k: [groups, keys, D]; the last `rows` keys belong to the rows themselves.
+    q: [groups, heads * rows, D], already scaled.
+    k: [groups, keys, D]; the last `rows` keys belong to the rows themselves.
     """
     groups, keys = k.shape[:2]
     scores = torch.bmm(q, k.transpose(1, 2))

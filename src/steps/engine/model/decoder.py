@@ -103,7 +103,7 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> Non
 
     Raises ValueError for a name the model does not have, a wrong shape, and (in the end) names that never came.
     """
-    waiting = {name: parameter for name, parameter in decoder.named_parameters() if ".adapter." not in name}
+    waiting = {name: value for name, value in decoder.named_parameters() if "adapter" not in name.split(".")}
     for name, tensor in tensors:
         parameter = waiting.pop(name, None)
         if parameter is None:
