@@ -78,7 +78,7 @@ def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
         raise _refuse(path, "holds no tokenizer")
     if kind != "gpt2":
         raise _refuse(path, f"has a tokenizer of kind {kind!r}", allowed="gpt2 (byte-level BPE)")
-    if pre not in SCHEMES:
+    if not isinstance(pre, str) or pre not in SCHEMES:
         raise _refuse(path, f"cuts text in an unknown way (tokenizer.ggml.pre is {pre!r})", allowed=", ".join(SCHEMES))
     tokens: Sequence[str] = fields["tokenizer.ggml.tokens"]
     special_tokens = {

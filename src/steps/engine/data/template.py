@@ -1,0 +1,190 @@
+"""Chat templates: Jinja2 in a sandbox, rendered as transformers renders them, with the answers' places known.
+
+A template comes with a model and is code of a stranger: it runs in Jinja's immutable sandbox and sees plain JSON
+values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from steps.errors import ConfigError
+
+#: What can go wrong inside a stranger's template: Jinja's own errors, and Python's on values it did not expect.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    RecursionError,
+)
+
+# Private-use characters of plane 16. A pair that occurs in the rendered values is never used (see `free_marks`).
+_PRIVATE_USE = range(0x100000, 0x10FFFE)
+
+Message = Mapping[str, Any]
+
+
+class Rendered(NamedTuple):
+    """A rendered conversation. spans: (start, end) character positions of what `{% generation %}` blocks produced."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`: what stands inside is an answer of the model.
+
+    The block's output is wrapped in two marks which `ChatTemplate.render_spans` takes out again. Counting characters
+    while the blocks come out goes wrong as soon as a template renders through a macro or a `{% set %}` block.
+    """
+
+    tags = {"generation"}  # noqa: RUF012, Jinja's own class attribute
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_wrap", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _wrap(self, context: Any, caller: Any) -> str:
+        start, end = context.get("__generation_marks__") or ("", "")
+        return f"{start}{caller()}{end}"
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes <, >, & and ' for HTML pages.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """One compiled chat template.
+
+    source:    Jinja2 text.
+    variables: names the template sees besides the conversation (bos_token, eos_token, …).
+    now:       what `strftime_now` tells; the present when None. Packing fixes it: a template that writes today's date
+               must not give other rows after midnight.
+    Raises ConfigError when the text is no Jinja2.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: datetime | None = None) -> None:
+        self.source, self.variables, self.now = source, dict(variables or {}), now
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: (self.now or datetime.now()).strftime(pattern)
+        try:
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template is no valid Jinja2: {error.message} (line {error.lineno})") from error
+        #: Names that the template reads but does not define: "tools" among them means that it can show tools.
+        self.reads: frozenset[str] = frozenset(meta.find_undeclared_variables(tree))
+        self.has_generation = any(
+            isinstance(node.call, nodes.Call)
+            and isinstance(node.call.node, nodes.ExtensionAttribute)
+            and node.call.node.name == "_wrap"
+            for node in tree.find_all(nodes.CallBlock)
+        )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the source."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The conversation as text. Raises one of TEMPLATE_ERRORS where the template does."""
+        return self._render(messages, tools, add_generation_prompt, None)
+
+    def render_spans(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, marks: tuple[str, str] | None = None
+    ) -> Rendered:
+        """The conversation as text and where its `{% generation %}` blocks stand.
+
+        marks: two characters that occur nowhere in the values (`free_marks`); found here when not given.
+        """
+        start, end = marks or free_marks(json.dumps([list(messages), tools], ensure_ascii=False), 2)
+        return take_marks(self._render(messages, tools, False, (start, end)), start, end)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool, marks: tuple[str, str] | None
+    ) -> str:
+        # A key that is null is a key that is not there, as in transformers: APIs write `tool_calls: null`.
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return self._template.render(
+            messages=present,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=prompt,
+            __generation_marks__=marks,
+            **self.variables,
+        )
+
+
+def free_marks(text: str, count: int) -> tuple[str, ...]:
+    """`count` private-use characters that do not occur in `text`."""
+    if not any(character >= "\U00100000" for character in text):
+        return tuple(map(chr, range(_PRIVATE_USE.start, _PRIVATE_USE.start + count)))
+    used = set(text)
+    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    return tuple(next(free) for _ in range(count))
+
+
+def take_marks(text: str, start: str, end: str) -> Rendered:
+    """Take the marks out of `text`; the spans are in the text without them.
+
+    Raises ValueError when marks do not come in pairs: a template that cuts its own generation block in two.
+    """
+    plain: list[str] = []
+    spans: list[tuple[int, int]] = []
+    length, opened = 0, -1
+    for piece in _split_keeping(text, start, end):
+        if piece == start and opened < 0:
+            opened = length
+        elif piece == end and opened >= 0:
+            spans.append((opened, length))
+            opened = -1
+        elif piece in (start, end):
+            raise ValueError("generation blocks do not come out in pairs")
+        else:
+            plain.append(piece)
+            length += len(piece)
+    if opened >= 0:
+        raise ValueError("a generation block does not end")
+    return Rendered("".join(plain), spans)
+
+
+def _split_keeping(text: str, start: str, end: str) -> list[str]:
+    pieces: list[str] = []
+    for index, part in enumerate(text.split(start)):
+        if index:
+            pieces.append(start)
+        for position, inner in enumerate(part.split(end)):
+            if position:
+                pieces.append(end)
+            if inner:
+                pieces.append(inner)
+    return pieces
