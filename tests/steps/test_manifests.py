@@ -1,0 +1,121 @@
+"""Every step folder keeps its promises: manifest, typed config, shipped YAML and code agree."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steps import preflight
+from steps.artifacts import graph
+from steps.config.validate import fields
+from steps.dispatch import catalog
+from steps.dispatch.compose import compose
+from steps.dispatch.parameters import type_name
+from steps.dispatch.plan import typed
+
+STEPS = list(catalog.catalog().values())
+CONFIGS = [(step, name) for step in STEPS for name in catalog.configs(step)]
+SOURCE = Path(catalog.ROOT)
+
+
+def ids(value):
+    return getattr(value, "id", value)
+
+
+def schema(step):
+    return importlib.import_module(step.schema_module).Config
+
+
+def test_the_catalog_covers_every_step_folder():
+    folders = {path.parent for path in SOURCE.glob("*/*/step.py")} | {
+        path.parent for path in SOURCE.glob("*/*/schema.py")
+    }
+    assert folders == {step.folder for step in STEPS}
+    assert folders
+
+
+@pytest.mark.parametrize("step", STEPS, ids=ids)
+def test_a_step_folder_is_complete(step):
+    for name in ("step.toml", "step.py", "schema.py", "README.md", "config/default.yaml", "config/tiny.yaml"):
+        assert (step.folder / name).is_file(), name
+    assert len((step.folder / "step.py").read_text().splitlines()) <= 90, "a step composes; the engine computes"
+
+
+@pytest.mark.parametrize("step", STEPS, ids=ids)
+def test_parameters_are_those_of_the_typed_config_with_the_same_defaults_and_choices(step):
+    typed_fields = dict(fields(schema(step)))
+    default = compose(step, "default").data
+    for parameter in step.parameters:
+        assert parameter.name in typed_fields, parameter.name
+        info = typed_fields[parameter.name]
+        value = preflight.lookup(default, parameter.name)
+        if value is None and not info.is_required():
+            value = info.get_default(call_default_factory=True)
+        given = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        if given is not None:
+            assert given == value, parameter.name
+        if parameter.choices:
+            assert " | ".join(map(str, parameter.choices)) == type_name(info.annotation), parameter.name
+        assert parameter.description
+
+
+@pytest.mark.parametrize("step", STEPS, ids=ids)
+def test_ports_name_keys_of_the_typed_config(step):
+    keys = dict(fields(schema(step)))
+    for port in (*step.consumes, *step.produces):
+        assert port.key in keys
+        assert port.description
+
+
+@pytest.mark.parametrize("step", STEPS, ids=ids)
+def test_every_parameter_of_the_typed_config_is_described(step):
+    assert [key for key, info in fields(schema(step)) if not info.description] == []
+
+
+@pytest.mark.parametrize("step", STEPS, ids=ids)
+def test_every_named_error_is_one_that_the_code_raises(step):
+    """A missing_<type> comes from opening the artifact; any other name must stand in the code, quoted."""
+    code = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    general = {f"missing_{port.type}" for port in step.consumes}
+    for error in step.errors:
+        assert error.name in general or re.search(rf"['\"]{error.name}['\"]", code), error.name
+        assert error.cause
+        assert error.recovery
+
+
+@pytest.mark.parametrize(("step", "name"), CONFIGS, ids=ids)
+def test_every_shipped_config_composes_and_validates_without_any_environment_variable(step, name, monkeypatch):
+    for variable in re.findall(r"oc\.env:(\w+)", (step.folder / "config" / f"{name}.yaml").read_text()):
+        monkeypatch.delenv(variable, raising=False)
+    typed(step, compose(step, name))
+
+
+def test_the_tiny_configs_are_one_chain():
+    """Whatever a tiny config consumes is a file of a package or what another tiny config produces."""
+    produced = {}
+    for step in STEPS:
+        data = compose(step, "tiny").data
+        for port in step.produces:
+            produced[str(preflight.lookup(data, port.key))] = port.type
+    for step in STEPS:
+        data = compose(step, "tiny").data
+        for port in step.consumes:
+            value = preflight.lookup(data, port.key)
+            if value is None:
+                assert not port.required, (step.id, port.key)
+                continue
+            assert str(value) in produced or Path(value).is_file(), (step.id, port.key, value)
+            if str(value) in produced:
+                assert graph.is_a(produced[str(value)], port.type)
+
+
+def test_schemas_are_free_of_torch():
+    modules = [step.schema_module for step in STEPS]
+    code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    code += "print([m for m in ('torch', 'transformers', 'nemo_run', 'pyarrow', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
