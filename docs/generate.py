@@ -1,16 +1,20 @@
-"""Write the documents that are made from the code: docs/cli.md. `--check` only compares, for CI.
+"""Write what is made from the code: docs/cli.md and the table of steps in README.md. `--check` only compares, for CI.
 
-python docs/generate.py [--check]
+    python docs/generate.py [--check]
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from steps.dispatch import catalog, render
+
+DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
 
 
 def cli() -> str:
@@ -22,8 +26,18 @@ def cli() -> str:
     return "<!-- Written by docs/generate.py; edit the code instead. -->\n\n" + done.stdout.strip() + "\n"
 
 
+def readme() -> str:
+    """README.md with its table of steps made anew."""
+    rows = ["| step | takes | makes | what it does |", "| --- | --- | --- | --- |"]
+    for step in catalog.catalog().values():
+        link = f"[{step.id}]({step.folder.relative_to(README.parent).as_posix()}/README.md)"
+        rows.append(f"| {link} | {render.types(step.consumes)} | {render.types(step.produces)} | {step.name} |")
+    table = "\n".join(rows)
+    return re.sub(r"(<!-- steps:begin .*?-->\n).*?(<!-- steps:end -->)", rf"\g<1>{table}\n\g<2>", README.read_text(), flags=re.S)
+
+
 def main() -> int:
-    wanted = {HERE / "cli.md": cli()}
+    wanted = {DOCS / "cli.md": cli(), README: readme()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:
