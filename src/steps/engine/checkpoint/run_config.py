@@ -1,7 +1,8 @@
 """run_config.yaml of a Megatron-Bridge checkpoint, from and to a ModelConfig.
 
-Its `model` section holds a Megatron-Bridge model provider: `_target_` and TransformerConfig's fields. What Hugging Face's
-config.json says and TransformerConfig has no field for stands beside it in a section `hf`, which Megatron-Bridge ignores.
+Its `model` section holds a Megatron-Bridge model provider: `_target_` and TransformerConfig's fields. What Hugging
+Face's config.json says and TransformerConfig has no field for stands beside it in a section `hf`, which Megatron-Bridge
+ignores.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ PROVIDERS = {
 
 # ModelConfig fields that TransformerConfig (or its GPT provider) has under the same name.
 _SAME = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size",
-    "layernorm_epsilon", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights",
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "vocab_size", "layernorm_epsilon", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights",
 )  # fmt: skip
 
 # The one architecture that the decoder computes. Another value in a run_config.yaml is another model.

@@ -1,0 +1,252 @@
+"""Hugging Face model directories: read and written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from steps.artifacts.opening import is_hub_id
+from steps.engine.checkpoint import hf_config
+from steps.engine.checkpoint.dcp import damaged
+from steps.engine.checkpoint.fingerprint import DTYPE_NAMES, raw
+from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.model_config import ModelConfig
+from steps.engine.progress import SILENT, Progress
+from steps.errors import ArtifactError, Problem
+
+#: Files of a model directory, besides weights and tokenizer, that are carried along as they are.
+SIDE_FILES = ("config.json", "generation_config.json")
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# Tables that old Llama checkpoints hold and that follow from the configuration.
+_DERIVED = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face model, opened.
+
+    path:    the local directory or .gguf file; the tokenizer is loaded from it too.
+    tensors: by Hugging Face's names, without a tied output layer.
+    files:   texts of SIDE_FILES, as they were found (rebuilt for GGUF).
+    """
+
+    path: Path
+    config: ModelConfig
+    tensors: LazyTensors
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def cast(self, dtype: str) -> Source:
+        """The same model with its weights cast to `dtype` when they are read; "source" leaves them as they are."""
+        if dtype == "source":
+            return self
+        target = getattr(torch, dtype)
+        files = dict(self.files)
+        if "config.json" in files:
+            data = json.loads(files["config.json"])
+            if hf_config.stated_dtype(data) not in (None, dtype):
+                files["config.json"] = json.dumps(hf_config.with_dtype(data, dtype), indent=2) + "\n"
+        tensors = {name: tensor.to(target) for name, tensor in self.tensors.items()}
+        return replace(self, config=replace(self.config, params_dtype=dtype), tensors=tensors, files=files)
+
+
+def open_source(model: str) -> Source:
+    """Open a directory, a .gguf file or a Hub id. Reads headers only.
+
+    Raises ArtifactError: missing_checkpoint_hf, damaged_artifact, unsupported_model.
+    """
+    path = fetch(model) if is_hub_id(model) else Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        from steps.engine.checkpoint.gguf import open_gguf
+
+        return open_gguf(path)
+    return open_directory(path)
+
+
+def fetch(model: str) -> Path:
+    """Download a model from the Hub (or find it in the cache); the directory it lies in."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except RepositoryNotFoundError as error:
+        what = f"the Hugging Face Hub has no model {model}, or it is private"
+        hint = "Check the name; for a private or gated model set HF_TOKEN."
+        raise ArtifactError(what, hint=hint, name="missing_checkpoint_hf") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        what = f"{model} is not in the local cache and cannot be fetched from the Hugging Face Hub"
+        hint = "Check the connection, or give the path of a local directory."
+        raise ArtifactError(what, hint=hint, name="missing_checkpoint_hf") from error
+
+
+def open_directory(path: Path) -> Source:
+    """Open a directory with config.json and safetensors files, sharded or not."""
+    try:
+        data = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} has no config.json", name="missing_checkpoint_hf") from error
+    except (OSError, ValueError) as error:
+        raise damaged(path / "config.json", error) from error
+    # The architecture first: of a model that is not supported anyway, the weights need not be whole.
+    config = hf_config.model_config(data, str(path / "config.json"), hf_config.stated_dtype(data) or "float32")
+    found = _read_headers(path)
+    if config.share_embeddings_and_output_weights:
+        found = _drop_tied(found, path)
+    embedding = found.get("model.embed_tokens.weight")
+    if embedding is not None:  # what is stored counts, not what config.json says of it
+        config = replace(config, params_dtype=str(embedding.dtype).removeprefix("torch."))
+    files = {name: (path / name).read_text(encoding="utf-8") for name in SIDE_FILES if (path / name).is_file()}
+    return Source(path, config, found, files)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory. Raises ArtifactError naming shards that the index lists in vain."""
+    index = path / INDEX
+    if not index.is_file():
+        single = path / "model.safetensors"
+        if not single.is_file():
+            others = sorted(file.name for file in path.glob("*.safetensors"))
+            what = f"{path} has neither model.safetensors nor {INDEX}"
+            hint = f"It holds {', '.join(others[:3])}." if others else "Only safetensors and GGUF weights are read."
+            raise ArtifactError(what, hint=hint, name="missing_checkpoint_hf")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise damaged(index, error) from error
+    if gone := [name for name in names if not (path / name).is_file()]:
+        what = f"{path} is damaged: {', '.join(gone[:3])} missing ({len(gone)} of {len(names)} shards)"
+        raise ArtifactError(what, hint="Download the model again.", name="damaged_artifact")
+    return [path / name for name in names]
+
+
+def _read_headers(path: Path) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
+    problems = []
+    for file in weight_files(path):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118, it is no mapping
+                    if name.endswith(_DERIVED):
+                        continue
+                    part = opened.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        what = f"{name} has the dtype {part.get_dtype()}"
+                        allowed = ", ".join(_DTYPES)
+                        problems.append(Problem(where=str(file), what=what, allowed=allowed, name="unsupported_model"))
+                        continue
+                    tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, _loader(file, name))
+        except (SafetensorError, OSError) as error:
+            raise damaged(file, error) from error
+    if problems:
+        raise ArtifactError(problems[:3])
+    return tensors
+
+
+def _loader(file: Path, name: str) -> Any:
+    def load() -> Tensor:
+        try:
+            # Opened anew for each tensor: the map of a file, and the pages read through it, go with the tensor.
+            with safe_open(file, "pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise damaged(file, error) from error
+
+    return load
+
+
+def _drop_tied(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
+    """Without the copy of the embedding that some writers store as lm_head; refused where it is no copy."""
+    head = tensors.get("lm_head.weight")
+    if head is None:
+        return tensors
+    if not torch.equal(head.load(), tensors["model.embed_tokens.weight"].load()):
+        what = "config.json ties the output layer to the embedding, yet lm_head.weight differs from it"
+        raise ArtifactError(Problem(where=str(path), what=what, name="unsupported_model"))
+    return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+
+
+def write_directory(
+    directory: Path,
+    tensors: LazyTensors,
+    files: Mapping[str, str],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = SILENT,
+    label: str = "write safetensors",
+) -> int:
+    """Write safetensors (sharded above `shard_bytes`), their index and the side files. Returns the bytes of tensors.
+
+    Each tensor is loaded when its turn comes, in the order of `tensors`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    shards = _shards(tensors, shard_bytes)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map: dict[str, str] = {}
+    with progress.task(label, total / 1e6, "MB") as task:
+        for number, shard in enumerate(shards, 1):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            weight_map |= dict.fromkeys(shard, name)
+            _write_shard(directory / name, shard, task)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def _shards(tensors: LazyTensors, shard_bytes: int) -> list[dict[str, LazyTensor]]:
+    shards: list[dict[str, LazyTensor]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    return shards
+
+
+def _write_shard(path: Path, tensors: LazyTensors, task: Any) -> None:
+    """The safetensors format: u64 length of a JSON header, the header padded to 8 bytes, then the bytes of the tensors.
+
+    Written here because the library's own writer wants all tensors of a file in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, entry in tensors.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, entry in tensors.items():
+            tensor = entry.load()
+            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
+            file.write(raw(tensor))
+            task.advance(entry.nbytes / 1e6)
+            del tensor  # before the next one comes
+        file.flush()
+        os.fsync(file.fileno())

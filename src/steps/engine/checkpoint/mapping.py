@@ -1,0 +1,198 @@
+"""Hugging Face's tensor names and layouts, and Megatron's: one table, read both ways.
+
+Each row names one Megatron parameter and the Hugging Face tensors it is made of, with their shapes. `{}` is the layer.
+Reading left to right joins, reading right to left splits; both are exact copies of the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.model_config import ModelConfig
+from steps.errors import ArtifactError, Problem
+
+
+def _join_qkv(config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
+    """Per group of query heads: its queries, its key, its value. Parts [rows, …] -> [(heads + 2 * groups) * D, …]."""
+    grouped = [part.view(config.num_query_groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def _split_qkv(config: ModelConfig, whole: Tensor) -> list[Tensor]:
+    queries = config.num_attention_heads // config.num_query_groups * config.kv_channels
+    grouped = whole.view(config.num_query_groups, -1, *whole.shape[1:])
+    sizes = [queries, config.kv_channels, config.kv_channels]
+    return [part.flatten(0, 1) for part in torch.split(grouped, sizes, dim=1)]
+
+
+def _join_rows(config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _split_rows(config: ModelConfig, whole: Tensor) -> list[Tensor]:
+    return list(whole.chunk(2))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a Megatron parameter, its Hugging Face tensors with their shapes (in the letters of `_sizes`).
+
+    only_if: the ModelConfig flag of a model that has it.
+    """
+
+    megatron: str
+    hf: Mapping[str, str]
+    only_if: str = ""
+    join: Callable[[ModelConfig, Sequence[Tensor]], Tensor] = _join_rows
+    split: Callable[[ModelConfig, Tensor], list[Tensor]] = _split_rows
+
+
+_ATTENTION, _MLP = "decoder.layers.{}.self_attention.", "decoder.layers.{}.mlp."
+_HF, _HF_ATTENTION = "model.layers.{}.", "model.layers.{}.self_attn."
+
+TABLE = (
+    Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "V H"}),
+    Row(_ATTENTION + "linear_qkv.layer_norm_weight", {_HF + "input_layernorm.weight": "H"}),
+    Row(
+        _ATTENTION + "linear_qkv.weight",
+        {_HF_ATTENTION + f"{part}_proj.weight": f"{size} H" for part, size in zip("qkv", "QKK", strict=True)},
+        join=_join_qkv,
+        split=_split_qkv,
+    ),
+    Row(
+        _ATTENTION + "linear_qkv.bias",
+        {_HF_ATTENTION + f"{part}_proj.bias": size for part, size in zip("qkv", "QKK", strict=True)},
+        only_if="add_qkv_bias",
+        join=_join_qkv,
+        split=_split_qkv,
+    ),
+    Row(_ATTENTION + "q_layernorm.weight", {_HF_ATTENTION + "q_norm.weight": "D"}, only_if="qk_layernorm"),
+    Row(_ATTENTION + "k_layernorm.weight", {_HF_ATTENTION + "k_norm.weight": "D"}, only_if="qk_layernorm"),
+    Row(_ATTENTION + "linear_proj.weight", {_HF_ATTENTION + "o_proj.weight": "H Q"}),
+    Row(_MLP + "linear_fc1.layer_norm_weight", {_HF + "post_attention_layernorm.weight": "H"}),
+    Row(
+        _MLP + "linear_fc1.weight",
+        {_HF + "mlp.gate_proj.weight": "F H", _HF + "mlp.up_proj.weight": "F H"},
+    ),
+    Row(_MLP + "linear_fc2.weight", {_HF + "mlp.down_proj.weight": "H F"}),
+    Row("decoder.final_layernorm.weight", {"model.norm.weight": "H"}),
+    Row("output_layer.weight", {"lm_head.weight": "V H"}, only_if="untied"),
+)
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "V": config.vocab_size,
+        "H": config.hidden_size,
+        "Q": config.query_size,
+        "K": config.num_query_groups * config.kv_channels,
+        "D": config.kv_channels,
+        "F": config.ffn_hidden_size,
+    }
+
+
+def _rows(config: ModelConfig) -> Iterator[tuple[Row, str, dict[str, tuple[int, ...]]]]:
+    """The rows that this model has, in the order of computation: (row, Megatron name, shape by Hugging Face name)."""
+    flags = {"": True, "untied": not config.share_embeddings_and_output_weights}
+    sizes = _sizes(config)
+    rows = [row for row in TABLE if flags.get(row.only_if) or getattr(config, row.only_if, False)]
+    per_layer = [row for row in rows if "{}" in row.megatron]
+    first, last = rows.index(per_layer[0]), rows.index(per_layer[-1]) + 1
+    ordered = [(row, 0) for row in rows[:first]]
+    ordered += [(row, layer) for layer in range(config.num_layers) for row in per_layer]
+    ordered += [(row, 0) for row in rows[last:]]
+    for row, layer in ordered:
+        shapes = {
+            name.format(layer): tuple(sizes[letter] for letter in shape.split()) for name, shape in row.hf.items()
+        }
+        yield row, row.megatron.format(layer), shapes
+
+
+def to_megatron(config: ModelConfig, hf: LazyTensors, where: str = "the model") -> dict[str, LazyTensor]:
+    """Megatron's parameters (per-layer names), in the order of computation, from Hugging Face's tensors.
+
+    where: what is read, for the messages. Raises ArtifactError listing tensors that are missing, unknown or of a wrong
+    shape.
+    """
+    expected = {name: shape for _, _, shapes in _rows(config) for name, shape in shapes.items()}
+    _check(expected, hf, where)
+    return {name: _joined(row, config, [hf[part] for part in shapes]) for row, name, shapes in _rows(config)}
+
+
+def to_hf(config: ModelConfig, megatron: LazyTensors, where: str = "the checkpoint") -> dict[str, LazyTensor]:
+    """Hugging Face's tensors from Megatron's parameters; the inverse of `to_megatron`.
+
+    Rows of embedding and output layer beyond `vocab_size`, Megatron's padding, are left out.
+    """
+    megatron = {name: _unpadded(name, tensor, config) for name, tensor in megatron.items()}
+    expected = {}
+    for row, name, shapes in _rows(config):
+        first = next(iter(shapes.values()))
+        rows = sum(shape[0] for shape in shapes.values())
+        expected[name] = first if len(row.hf) == 1 else (rows, *first[1:])
+    _check(expected, megatron, where)
+    result = {}
+    for row, name, shapes in _rows(config):
+        if len(shapes) == 1:
+            result[next(iter(shapes))] = megatron[name]
+            continue
+        parts = _Parts(row, config, megatron[name])
+        for index, (part, shape) in enumerate(shapes.items()):
+            result[part] = LazyTensor(shape, megatron[name].dtype, lambda parts=parts, index=index: parts.take(index))  # type: ignore[misc]
+    return result
+
+
+def _joined(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTensor:
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    if len({part.dtype for part in parts}) > 1:
+        names = ", ".join(row.hf)
+        raise ArtifactError(f"{names} differ in dtype and cannot be fused", hint="Convert with dtype: float32.")
+    return LazyTensor(shape, parts[0].dtype, lambda: row.join(config, [part.load() for part in parts]))
+
+
+class _Parts:
+    """The parts of a fused tensor, each taken once: the fused one is read when the first is asked for, then let go."""
+
+    def __init__(self, row: Row, config: ModelConfig, whole: LazyTensor) -> None:
+        self._row, self._config, self._whole = row, config, whole
+        self._waiting: dict[int, Tensor] = {}
+
+    def take(self, index: int) -> Tensor:
+        if index not in self._waiting:
+            self._waiting = dict(enumerate(self._row.split(self._config, self._whole.load())))
+        return self._waiting.pop(index).contiguous()
+
+
+def _unpadded(name: str, tensor: LazyTensor, config: ModelConfig) -> LazyTensor:
+    vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    if not vocabulary or tensor.shape[0] <= config.vocab_size:
+        return tensor
+    shape = (config.vocab_size, *tensor.shape[1:])
+    return LazyTensor(shape, tensor.dtype, lambda: tensor.load()[: config.vocab_size].contiguous())
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], found: LazyTensors, where: str) -> None:
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(Problem(where=where, what=f"{_few(missing)} missing"))
+    if extra := [name for name in found if name not in expected]:
+        problems.append(Problem(where=where, what=f"{_few(extra)} not part of a supported model"))
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            what = f"{name} has the shape {list(found[name].shape)}, the configuration says {list(shape)}"
+            problems.append(Problem(where=where, what=what))
+    if problems:
+        raise ArtifactError(problems[:8], name="unsupported_model")
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{shown}{more} {'are' if len(names) > 1 else 'is'}"

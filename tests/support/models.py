@@ -1,0 +1,77 @@
+"""Small random Hugging Face models, one per family and variant, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,  # large enough for logits that tell a wrong model from a right one
+}
+# The original context is short, so that the positions of a test reach every branch of the scaling.
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+#: Name to (model_type, what differs from the common shape).
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama_rope_scaling": ("llama", {"tie_word_embeddings": False, "rope_scaling": LLAMA3_SCALING}),
+    "mistral_sliding_window": ("mistral", {"sliding_window": 8}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+def hf_config(name: str, **overrides: Any) -> Any:
+    """The transformers configuration of a family in FAMILIES."""
+    from transformers import AutoConfig
+
+    model_type, differs = FAMILIES[name]
+    return AutoConfig.for_model(model_type, **{**_SHAPE, **differs, **overrides})
+
+
+def hf_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A random model of a family in evaluation mode. Norm weights and biases are random too, so that none is neutral."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(hf_config(name, **overrides), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter_name.endswith(".bias"):
+                parameter.normal_(std=0.5)
+    return model.to(dtype)
+
+
+def save_hf(
+    directory: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Any:
+    """Write such a model to `directory` as transformers does, and return it."""
+    model = hf_model(name, seed, dtype, **overrides)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
