@@ -1,6 +1,6 @@
 """Write what is made from the code: docs/cli.md and the table of steps in README.md. `--check` only compares, for CI.
 
-    python docs/generate.py [--check]
+python docs/generate.py [--check]
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def readme() -> str:
         link = f"[{step.id}]({step.folder.relative_to(README.parent).as_posix()}/README.md)"
         rows.append(f"| {link} | {render.types(step.consumes)} | {render.types(step.produces)} | {step.name} |")
     table = "\n".join(rows)
-    return re.sub(r"(<!-- steps:begin .*?-->\n).*?(<!-- steps:end -->)", rf"\g<1>{table}\n\g<2>", README.read_text(), flags=re.S)
+    return re.sub(
+        r"(<!-- steps:begin .*?-->\n).*?(<!-- steps:end -->)", rf"\g<1>{table}\n\g<2>", README.read_text(), flags=re.S
+    )
 
 
 def main() -> int:
