@@ -1,0 +1,75 @@
+"""The `peft` section as one of Megatron-Bridge's adapter dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from steps.engine.megatron_bridge.findings import Findings
+from steps.engine.megatron_bridge.values import construct
+from steps.errors import suggest
+
+#: What Megatron-Bridge's ParallelLinearAdapter can start a matrix with. It would say so only after the model is built.
+INIT_METHODS = ("xavier", "normal", "kaiming", "zero")
+
+
+def scheme(section: Mapping[str, Any]) -> str:
+    """The `peft.type` of a section; LoRA where it says none."""
+    return str(section.get("type") or "lora").lower()
+
+
+def build(section: Mapping[str, Any], classes: Mapping[str, type], recipe_peft: Any, findings: Findings) -> Any:
+    """The adapter object; None when the section has faults (they are in `findings`).
+
+    classes:     Release.adapters.
+    recipe_peft: what the recipe chose. Where it is of the same class, a key that the section leaves out keeps the
+                 recipe's value (its target modules know of Mamba layers, for example).
+    """
+    kind = scheme(section)
+    cls = classes.get(kind)
+    if cls is None:
+        hint = suggest(kind, classes) or "Use engine: torch for this method."
+        findings.problem(
+            "peft.type", f"Megatron-Bridge has no method {kind!r}", allowed=", ".join(sorted(classes)), hint=hint
+        )
+        return None
+    values = {key: value for key, value in section.items() if key != "type"}
+    before = len(findings.problems)
+    _check(values, findings)
+    made = construct(cls, {**_kept(cls, recipe_peft, values), **values}, "peft", findings)
+    return made if len(findings.problems) == before else None
+
+
+def _kept(cls: Any, recipe_peft: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe's adapter says and the section does not.
+
+    Never what the class works out by itself (canonical_mapping comes from target_modules), nor target modules beside
+    our exclude_modules: Megatron-Bridge takes one of the two.
+    """
+    if type(recipe_peft) is not cls:
+        return {}
+    skip = {"canonical_mapping", "target_modules"} if values.get("exclude_modules") else {"canonical_mapping"}
+    kept = {
+        item.name: getattr(recipe_peft, item.name)
+        for item in dataclasses.fields(recipe_peft)
+        if item.init and item.name not in skip
+    }
+    if values.get("exclude_modules") and "target_modules" not in values:
+        kept["target_modules"] = []
+    return kept
+
+
+def _check(values: Mapping[str, Any], findings: Findings) -> None:
+    """What Megatron-Bridge would refuse only once the model stands on the GPUs."""
+    if values.get("target_modules") and values.get("exclude_modules"):
+        findings.problem(
+            "peft.exclude_modules",
+            "Megatron-Bridge takes target_modules or exclude_modules, not both",
+            hint="Set peft.target_modules: [] to adapt every linear layer but the excluded ones.",
+        )
+    for key in ("lora_A_init_method", "lora_B_init_method"):
+        if values.get(key) is not None and values[key] not in INIT_METHODS:
+            findings.problem(
+                f"peft.{key}", f"Megatron-Bridge knows no {values[key]!r}", allowed=", ".join(INIT_METHODS)
+            )
