@@ -19,7 +19,7 @@ from steps.manifest import Manifest
 
 JOBS = Path(".steps") / "jobs"
 MASK = "<secret>"
-# A name is secret when one of its words says so: HF_TOKEN and AWS_SECRET_ACCESS_KEY, not TOKENIZERS_PARALLELISM.
+# A name is secret when its last word says so: HF_TOKEN and DB_PASSWORD, not TOKENIZERS_PARALLELISM or PER_TOKEN_LOSS.
 _SECRET_WORDS = frozenset(
     {"token", "secret", "password", "passwd", "passphrase", "apikey", "credential", "credentials", "auth"}
 )
@@ -29,7 +29,11 @@ _SECRET_KEYS = re.compile(r"(?:^|_)(?:api|access|private|secret|ssh|license|acco
 def is_secret(name: str) -> bool:
     """Whether an environment variable of this name holds a secret."""
     lowered = name.lower()
-    return not _SECRET_WORDS.isdisjoint(lowered.split("_")) or bool(_SECRET_KEYS.search(lowered))
+    return (
+        lowered.rpartition("_")[2] in _SECRET_WORDS
+        or "secret" in lowered.split("_")
+        or bool(_SECRET_KEYS.search(lowered))
+    )
 
 
 @dataclass(frozen=True)
