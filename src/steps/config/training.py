@@ -42,6 +42,13 @@ class Train(Section):
     eval_interval: int = Field(1000, ge=0, description="Optimizer steps between evaluations (0: only at the end)")
     eval_iters: int = Field(10, ge=0, description="Global batches of one evaluation (0: none)")
     log_interval: int = Field(10, ge=1, description="Optimizer steps between log lines")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Dtype the base computes in; auto: bfloat16 where the base is stored so and the hardware is fast",
+    )
+    recompute_granularity: Literal["full"] | None = Field(
+        None, description="full: keep only each layer's input for the backward pass and compute the rest again"
+    )
 
 
 class Optimizer(Section):

@@ -1,0 +1,79 @@
+"""Which packs make which micro-batch, and a micro-batch as tensors.
+
+The order is a function of the seed and a position, the number of packs consumed so far. A run that resumes needs to
+remember nothing else, and any number of processes walks through the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steps.engine.data.shards import Pack, PackedSplit
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packs laid end to end, without padding.
+
+    input_ids:  [tokens] int64.   cu_seqlens: [documents + 1].
+    trained:    [n] int64, ascending: positions whose next token is trained; targets: [n] int64, those next tokens.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: list[int]
+    trained: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(
+            self.input_ids.to(device), self.cu_seqlens, self.trained.to(device), self.targets.to(device)
+        )  # fmt: skip
+
+
+def collate(packs: Sequence[Pack]) -> MicroBatch:
+    """Concatenate packs. A mask at the last token of a document is ignored: the next token is another document's."""
+    ids = np.concatenate([pack.input_ids for pack in packs]).astype(np.int64)
+    ends = np.cumsum([len(pack.input_ids) for pack in packs])
+    offsets = [0, *ends[:-1]]
+    bounds = np.concatenate([*(pack.starts + offset for pack, offset in zip(packs, offsets, strict=True)), ends[-1:]])
+    mask = np.concatenate([pack.loss_mask for pack in packs]).astype(bool)
+    mask[bounds[1:] - 1] = False
+    trained = np.flatnonzero(mask)
+    return MicroBatch(
+        torch.from_numpy(ids), bounds.tolist(), torch.from_numpy(trained), torch.from_numpy(ids[trained + 1])
+    )
+
+
+class Order:
+    """Position -> row: a permutation of all rows per epoch, epochs following each other without a gap."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self._seed = rows, seed
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, inside = divmod(position, self.rows)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, np.random.default_rng((self._seed, epoch)).permutation(self.rows)
+        return int(self._permutation[inside])
+
+
+def shares(positions: range, micro_batch_size: int, rank: int, processes: int) -> Iterator[range]:
+    """The micro-batches of one process out of a global batch: every `processes`-th, beginning with number `rank`.
+
+    Megatron's split. Each micro-batch is the same for any number of processes; only who computes it differs.
+    """
+    step = micro_batch_size * processes
+    for start in range(positions.start + rank * micro_batch_size, positions.stop, step):
+        yield range(start, min(start + micro_batch_size, positions.stop))
+
+
+def read(split: PackedSplit, rows: Sequence[int]) -> MicroBatch:
+    """The micro-batch of these rows of a split."""
+    return collate([split[row] for row in rows])

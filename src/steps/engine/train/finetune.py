@@ -1,0 +1,137 @@
+"""A whole training run, from artifacts to artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steps.artifacts.record import Record
+from steps.engine.adapters import base as adapters
+from steps.engine.adapters import targets
+from steps.engine.checkpoint import megatron
+from steps.engine.checkpoint.run_config import model_config
+from steps.engine.data.shards import PackedSplit
+from steps.engine.model.decoder import Decoder, load_weights
+from steps.engine.progress import Progress
+from steps.engine.train.distributed import World, world
+from steps.engine.train.loop import Trainer
+from steps.engine.train.optim import AdamW
+from steps.engine.train.plan import Plan
+from steps.engine.train.precision import compute_dtype
+from steps.engine.train.saving import Position, Saver, place, restore, source
+from steps.errors import ArtifactError, ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    parameters: of the base; trainable: of the adapters; tokens_per_second: None when there was nothing left to train.
+    """
+
+    position: Position
+    parameters: int
+    trainable: int
+    tokens_per_second: float | None
+
+
+def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
+    """Train adapters as `plan` says, into the checkpoint_lora at checkpoint.save, going on from what is there.
+
+    record: the artifact's record, with what is known before the start. Called on every process of a torchrun launch.
+    Raises ConfigError, ArtifactError and StepFailed with the names of the step's manifest.
+    """
+    with world() as here, place(plan, is_main=here.is_main):
+        here.barrier()
+        base = megatron.Checkpoint.open(plan.base_dir)
+        train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
+        _check_sizes(plan, here, len(train_split))
+        trained = _model(plan, base, here.device, progress)
+        optimizer = AdamW(trained, plan.optimizer)
+        found, position = source(plan), Position()
+        if found is not None:
+            position = restore(found, plan, trained, optimizer)
+        saver = Saver(plan, base, record, progress)
+        _announce(plan, trained, position, found, progress)
+
+        def save(position: Position) -> None:
+            if here.is_main:
+                saver.save(position, trained, optimizer)
+            here.barrier()
+
+        trainer = Trainer(plan, trained, optimizer, train_split, valid_split, here, progress)
+        if position.iteration < plan.train.train_iters:
+            trainer.run(position, save)
+        elif found is not None and found.folder.parent != plan.save_dir:
+            save(position)
+        if here.is_main:
+            saver.finish(position)
+        trainable = sum(value.numel() for value in trained.parameters().values())
+        parameters = sum(value.numel() for value in trained.decoder.parameters()) - trainable
+        return Result(position, parameters, trainable, trainer.tokens_per_second)
+
+
+def _model(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress: Progress) -> adapters.Adapters:
+    """The base model, frozen, with fresh adapters on the targets."""
+    shape = model_config(base.run_config, str(base.folder / megatron.RUN_CONFIG))
+    dtype = compute_dtype(plan.train.precision, shape.params_dtype, device)
+    names = targets.linear_names(shape.num_layers)
+    wanted = (plan.peft.target_modules, plan.peft.exclude_modules, names)
+    if problems := list(targets.problems(*wanted)):
+        raise ConfigError(problems)
+    recompute = plan.train.recompute_granularity == "full"
+    decoder = Decoder(shape, dtype=dtype, device=device, recompute=recompute)
+    try:
+        load_weights(decoder, _loaded(base, progress))
+    except ValueError as error:
+        raise ArtifactError(Problem(where="checkpoint.pretrained_checkpoint", what=str(error))) from error
+    return adapters.attach(decoder, adapters.create(plan.peft, shape), targets.select(*wanted), plan.rng.seed)
+
+
+def _loaded(base: megatron.Checkpoint, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    with progress.task("load base", len(base.tensors), "tensors") as task:
+        for name, tensor in base.tensors.items():
+            yield name, tensor.load()
+            task.advance()
+
+
+def _check_sizes(plan: Plan, here: World, rows: int) -> None:
+    train = plan.train
+    if train.global_batch_size % (train.micro_batch_size * here.size):
+        raise ConfigError(
+            Problem(
+                where="train.global_batch_size",
+                what=f"{train.global_batch_size} is no multiple of micro_batch_size {train.micro_batch_size} times "
+                f"{here.size} processes",
+            )
+        )
+    if not rows:
+        raise ArtifactError(Problem(where="dataset.nano3_packed_sft_dir", what="the train split has no rows"))
+
+
+def _announce(
+    plan: Plan, trained: adapters.Adapters, position: Position, found: megatron.Checkpoint | None, progress: Progress
+) -> None:
+    train_iters = plan.train.train_iters
+    if position.iteration > train_iters:
+        raise ConfigError(
+            Problem(
+                where="train.train_iters",
+                what=f"is {train_iters}, but the run in {plan.save_dir} has come to iteration {position.iteration}",
+                hint="Set checkpoint.ckpt_step to go back, or choose another checkpoint.save.",
+            )
+        )
+    if found is None:
+        trainable = sum(value.numel() for value in trained.parameters().values())
+        dtype = str(trained.decoder.output_weight.dtype).removeprefix("torch.")
+        progress.log(
+            f"{plan.peft.type}: {trainable:,} trainable parameters on {len(trained.modules)} linears, "
+            f"base computed in {dtype}"
+        )
+    elif position.iteration == train_iters:
+        progress.log(f"nothing to train: {found.folder} is iteration {position.iteration} of {train_iters}")
+    else:
+        progress.log(f"going on from {found.folder}, iteration {position.iteration} of {train_iters}")

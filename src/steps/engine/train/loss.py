@@ -1,0 +1,49 @@
+"""Cross-entropy over the trained tokens without ever holding their logits all at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+#: Logits [rows, vocab] that exist at a time: 256 rows of a 128k vocabulary are 131 MB in float32.
+CHUNK_ROWS = 256
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64 if hidden.device.type == "cpu" else wide, device=hidden.device)
+        # The gradient is made here, while a chunk's logits are at hand; the backward pass only scales it.
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = F.linear(part, weight).to(wide)
+            largest = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, target)
+            weights = logits.sub_(largest).exp_()
+            sums = weights.sum(-1, keepdim=True)
+            total += (sums.log() + largest - chosen).sum(dtype=total.dtype)
+            if gradient is not None:
+                probabilities = weights.div_(sums)
+                probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+                gradient[start : start + rows] = probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None, None
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = CHUNK_ROWS) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight^T)[target], a scalar (float64 on a CPU); no tokens: 0.
+
+    hidden: [n, hidden]; weight: [vocab, hidden], frozen; targets: [n] int64. Logits are [rows, vocab] at most.
+    """
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call]
+    return total

@@ -1,0 +1,70 @@
+"""What a training run is told, and which of it decides whether two runs are the same one. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steps.config.peft import Peft
+from steps.config.training import Checkpoint, Optimizer, Rng, Scheduler, Train
+from steps.errors import Problem
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training run.
+
+    packed_dir, base_dir: the packed_parquet and the checkpoint_megatron.
+    facts: what is known of these two and belongs into the adapter's record: base_fingerprint, tokenizer_digest,
+           chat_template_digest, pack_size, data_digest. Absent where an input has no record.
+    """
+
+    packed_dir: Path
+    base_dir: Path
+    train: Train
+    optimizer: Optimizer
+    scheduler: Scheduler
+    peft: Peft
+    checkpoint: Checkpoint
+    rng: Rng
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def save_dir(self) -> Path:
+        """Where the checkpoint_lora grows."""
+        return Path(self.checkpoint.save).expanduser()
+
+    def identity(self) -> dict[str, Any]:
+        """By dotted key, everything that a run may not change when it goes on from a checkpoint.
+
+        Not in it: train_iters (a run may go on longer), what only splits the same work differently (micro batches,
+        processes), and how often it is evaluated, logged and saved.
+        """
+        sections: dict[str, dict[str, Any]] = {
+            "peft": self.peft.model_dump(),
+            "optimizer": self.optimizer.model_dump(),
+            "scheduler": self.scheduler.model_dump(),
+            "rng": self.rng.model_dump(),
+            "train": self.train.model_dump(include={"global_batch_size", "precision"}),
+        }
+        keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+        base = self.facts.get("base_fingerprint") or str(self.base_dir.resolve())
+        data = self.facts.get("data_digest") or str(self.packed_dir.resolve())
+        return {"checkpoint.pretrained_checkpoint": base, "dataset.nano3_packed_sft_dir": data, **keys}
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """What keeps a run with identity `mine` from going on with the checkpoint at `where`, of identity `theirs`."""
+    for key in dict.fromkeys([*mine, *theirs]):
+        new, old = mine.get(key), theirs.get(key)
+        if new == old:
+            continue
+        artifact = key in ("checkpoint.pretrained_checkpoint", "dataset.nano3_packed_sft_dir")
+        what = "is not what" if artifact else f"is {new!r}, but"
+        trained = "was trained with" if artifact else f"was trained with {old!r}"
+        yield Problem(
+            where=key, what=f"{what} the checkpoint at {where} {trained}", name="run_mismatch",
+            hint="Choose another checkpoint.save for a new run, or put the value back to go on with the old one.",
+        )  # fmt: skip

@@ -1,0 +1,163 @@
+"""The growing checkpoint_lora of a run: saved whole, resumed to the same bits, finished with a digest.
+
+Whatever moment a kill hits, the directory is either absent or a valid artifact whose `latest` names a whole iteration.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steps.artifacts import record as records
+from steps.artifacts.checkpoint import iteration_dir
+from steps.artifacts.record import Record
+from steps.engine.adapters.base import Adapters
+from steps.engine.checkpoint import megatron
+from steps.engine.progress import Progress
+from steps.engine.train.optim import AdamW
+from steps.engine.train.plan import Plan, differences
+from steps.errors import ArtifactError, Problem
+
+TYPE = "checkpoint_lora"
+# Settings of a method that stand in the record by themselves; all of them are in facts["peft"].
+_MAIN = ("dim", "alpha", "target_modules", "exclude_modules")
+
+
+@dataclass
+class Position:
+    """How far a run has come; with the seed it determines the data order and every random number ahead.
+
+    history: numbers of the run that its end reports: loss_first, loss_last, valid_loss_first, valid_loss_last.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    history: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def place(plan: Plan, *, is_main: bool) -> Iterator[None]:
+    """Hold checkpoint.save for this run; clear away what a killed one left unfinished."""
+    path = plan.save_dir
+    with records.lock(path) if is_main else nullcontext():
+        if is_main:
+            records.check_replaceable(path, TYPE)
+            for old in path.glob(".iter_*.old"):  # killed while an iteration was saved a second time
+                whole = path / old.name[1:].removesuffix(".old")
+                shutil.rmtree(old) if whole.exists() else old.rename(whole)
+            for rest in (_beside(path), *path.glob(".*.partial"), *path.glob(".*.tmp")):
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
+        yield
+
+
+def source(plan: Plan) -> megatron.Checkpoint | None:
+    """The checkpoint that the run goes on from; None for a fresh start.
+
+    The run's own saves come first, so that the same command after a kill loses nothing; then checkpoint.load.
+    Raises ArtifactError when checkpoint.load or checkpoint.ckpt_step names something that is not there.
+    """
+    step, load = plan.checkpoint.ckpt_step, plan.checkpoint.load
+    if load is not None and not Path(load).expanduser().exists():
+        raise ArtifactError(Problem(where="checkpoint.load", what=f"there is no {TYPE} at {load}"))
+    places = [plan.save_dir] if load is None else [plan.save_dir, Path(load).expanduser()]
+    for path in places:
+        if iteration_dir(path, step) is not None:
+            return megatron.Checkpoint.open(path, step)
+    if step is not None:
+        have = sorted({number for path in places for number in megatron.iterations(path)})
+        raise ArtifactError(
+            Problem(
+                where="checkpoint.ckpt_step",
+                what=f"no iteration {step} is saved in {' or '.join(map(str, places))}",
+                allowed=", ".join(map(str, have)),
+                hint="" if have else "Leave ckpt_step out to start afresh.",
+            )
+        )
+    return megatron.Checkpoint.open(places[-1]) if load is not None else None
+
+
+def restore(checkpoint: megatron.Checkpoint, plan: Plan, adapters: Adapters, optimizer: AdamW) -> Position:
+    """Fill adapters and optimizer from a checkpoint. Raises ArtifactError when it belongs to another run."""
+    state = checkpoint.training_state()
+    if problems := list(differences(plan.identity(), state["identity"], str(checkpoint.folder.parent))):
+        raise ArtifactError(problems)
+    try:
+        adapters.load({name: tensor.load() for name, tensor in checkpoint.tensors.items()})
+        optimizer.load(state["optimizer"])
+    except ValueError as error:
+        raise ArtifactError(f"{checkpoint.folder} does not fit: {error}") from error
+    return Position(state["iteration"], state["consumed_samples"], dict(state["history"]))
+
+
+@dataclass
+class Saver:
+    """Writes iterations of one run. base: the checkpoint whose run_config.yaml describes the model."""
+
+    plan: Plan
+    base: megatron.Checkpoint
+    record: Record
+    progress: Progress
+
+    def save(self, position: Position, adapters: Adapters, optimizer: AdamW) -> None:
+        """Add `iter_NNNNNNN`; then the record knows of it."""
+        home = self.plan.save_dir
+        fresh = not home.exists() or not any(home.iterdir())
+        directory = _beside(home) if fresh else home
+        # An older digest would call the files that come now damage.
+        self.record.digest, self.record.files = "", {}
+        self.record.facts.update(self._facts(position, finished=False))
+        if not fresh:
+            self.record.write(directory)
+        megatron.write(
+            directory,
+            adapters.tensors(),
+            num_layers=adapters.decoder.config.num_layers,
+            run_config=self._run_config(),
+            iteration=position.iteration,
+            consumed_samples=position.consumed_samples,
+            training_state={
+                "identity": self.plan.identity(),
+                "iteration": position.iteration,
+                "consumed_samples": position.consumed_samples,
+                "history": position.history,
+                "optimizer": optimizer.state(),
+            },
+        )
+        if fresh:
+            self.record.write(directory)
+            if home.exists():
+                home.rmdir()
+            directory.rename(home)
+
+    def finish(self, position: Position) -> None:
+        """Seal the artifact: digest and sizes of all files, so that damage is noticed from now on."""
+        home = self.plan.save_dir
+        self.record.facts.update(self._facts(position, finished=True))
+        self.record.digest, self.record.files = records.digest_files(home)
+        self.record.write(home)
+
+    def _facts(self, position: Position, *, finished: bool) -> dict[str, Any]:
+        section = self.plan.peft.model_dump()
+        main = {name: value for name, value in section.items() if name in _MAIN}
+        facts = {name: value for name, value in self.plan.facts.items() if name != "data_digest"}
+        return {
+            **facts, "method": self.plan.peft.type, **main, "peft": section, "iteration": position.iteration,
+            "finished": finished, **position.history, "identity": self.plan.identity(),
+        }  # fmt: skip
+
+    def _run_config(self) -> dict[str, Any]:
+        base = self.base.run_config
+        checkpoint: Mapping[str, Any] = base.get("checkpoint") or {}
+        return {
+            **base,
+            "peft": self.plan.peft.model_dump(),
+            "checkpoint": {**checkpoint, "pretrained_checkpoint": str(self.plan.base_dir.resolve())},
+        }
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial"

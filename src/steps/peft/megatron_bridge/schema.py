@@ -1,0 +1,171 @@
+"""The configuration of peft/megatron_bridge, in Megatron-Bridge's names."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from steps.artifacts import record
+from steps.artifacts.opening import Artifact
+from steps.config import training
+from steps.config.base import StepConfig
+from steps.config.peft import LoRA
+from steps.engine.adapters import targets
+from steps.engine.train.plan import Plan, differences
+from steps.errors import ArtifactError, Problem
+
+BASE, DATA = "checkpoint.pretrained_checkpoint", "dataset.nano3_packed_sft_dir"
+_PARALLEL = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
+
+
+class Config(StepConfig):
+    """One fine-tuning run of adapters on a frozen base."""
+
+    engine: Literal["auto", "torch", "megatron_bridge"] = Field(
+        "auto", description="Who trains: auto is megatron_bridge where it is installed, torch elsewhere"
+    )
+    recipe: training.Recipe = Field(description="Model recipe and parallel sizes")
+    dataset: training.Dataset = Field(description="The packed data")
+    train: training.Train = Field(description="How long and in which batches")
+    optimizer: training.Optimizer = Field(default_factory=training.Optimizer, description="AdamW")
+    scheduler: training.Scheduler = Field(default_factory=training.Scheduler, description="Learning rate")
+    peft: LoRA = Field(default_factory=LoRA, description="The adapter method")
+    checkpoint: training.Checkpoint = Field(description="What is loaded and saved")
+    logger: training.Logger = Field(default_factory=training.Logger, description="Where numbers go")
+    rng: training.Rng = Field(default_factory=training.Rng, description="Randomness")
+
+    # Megatron-Bridge's ConfigContainer has more sections and more keys in each than are typed here.
+    open_sections: ClassVar[frozenset[str]] = frozenset(
+        ("recipe", "dataset", "train", "optimizer", "scheduler", "peft", "checkpoint", "logger", "rng")
+    )
+
+    @property
+    def chosen_engine(self) -> str:
+        """`engine` with auto decided for this machine."""
+        if self.engine != "auto":
+            return self.engine
+        return "megatron_bridge" if bridge_installed() else "torch"
+
+    def accepts_unknown(self, key: str) -> str:
+        section, _, rest = key.partition(".")
+        open_here = section in self.open_sections if rest else section not in type(self).model_fields
+        if section == "run" or not open_here:
+            return ""
+        return "passed to Megatron-Bridge" if self.chosen_engine == "megatron_bridge" else ""
+
+    def check_values(self) -> Iterator[Problem]:
+        scheduler, train, optimizer = self.scheduler, self.train, self.optimizer
+        decay = scheduler.lr_decay_iters or train.train_iters
+        if scheduler.lr_warmup_iters >= decay:
+            yield Problem(
+                where="scheduler.lr_warmup_iters", what=f"{scheduler.lr_warmup_iters} leaves no step to decay in",
+                allowed=f"below {'lr_decay_iters' if scheduler.lr_decay_iters else 'train_iters'} ({decay})",
+            )  # fmt: skip
+        if optimizer.min_lr > optimizer.lr:
+            what = f"{optimizer.min_lr} is above optimizer.lr ({optimizer.lr})"
+            yield Problem(where="optimizer.min_lr", what=what)
+        if self.chosen_engine == "torch":
+            yield from self._check_torch()
+        elif self.recipe.target is None:
+            what = "is required by the engine megatron_bridge"
+            yield Problem(where="recipe._target_", what=what, hint="Name a recipe function, or choose engine=torch.")
+
+    def _check_torch(self) -> Iterator[Problem]:
+        for name in _PARALLEL:
+            if (size := getattr(self.recipe, name)) > 1:
+                yield Problem(
+                    where=f"recipe.{name}", what=f"{size} needs the engine megatron_bridge",
+                    allowed="1", hint="Set engine=megatron_bridge, or start more processes (run.env.nprocs_per_node).",
+                )  # fmt: skip
+        env, train = self.run.env, self.train
+        processes = (env.nprocs_per_node or env.gpus_per_node or 1) * (env.nodes or 1)
+        if train.global_batch_size % (train.micro_batch_size * processes):
+            of = f" times {processes} processes" if processes > 1 else ""
+            what = f"{train.global_batch_size} is no multiple of micro_batch_size ({train.micro_batch_size}){of}"
+            yield Problem(where="train.global_batch_size", what=what)
+
+    def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:
+        base, data = inputs[BASE].facts, inputs[DATA].facts
+        length, size = self.recipe.seq_length, data.get("pack_size")
+        if length is not None and size is not None and length != size:
+            yield Problem(
+                where="recipe.seq_length", what=f"{length} is not the pack_size of the data, {size}",
+                name="seq_length_mismatch", hint=f"Set recipe.seq_length={size}, or pack with pack_size {length}.",
+            )  # fmt: skip
+        if _differ(base, data, "tokenizer_digest"):
+            yield Problem(
+                where=DATA, what="the data were packed with another tokenizer than the base model has",
+                name="tokenizer_mismatch", hint="Pack them again with the base model's tokenizer.",
+            )  # fmt: skip
+        if (model := base.get("model")) and "num_layers" in model:
+            names = targets.linear_names(model["num_layers"])
+            yield from targets.problems(self.peft.target_modules, self.peft.exclude_modules, names)
+        yield from self._check_destination(inputs)
+
+    def _check_destination(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
+        """What is at checkpoint.save already must be of this same run, or nothing."""
+        save = Path(self.checkpoint.save).expanduser()
+        try:
+            record.check_replaceable(save, "checkpoint_lora")
+            known = record.read(save)
+        except ArtifactError as error:
+            return [Problem(where="checkpoint.save", what=str(error))]
+        if known is None or "identity" not in known.facts or self.chosen_engine != "torch":
+            return []
+        return differences(self.plan(inputs).identity(), known.facts["identity"], str(save))
+
+    def launch_here(self) -> Iterator[Problem]:
+        if self.chosen_engine == "megatron_bridge":
+            from steps.engine.megatron_bridge import missing_packages
+
+            yield from missing_packages()
+
+    def wants_torchrun(self) -> bool:
+        # Megatron-Bridge joins a process group even when it is alone.
+        return self.chosen_engine == "megatron_bridge"
+
+    def plan(self, inputs: Mapping[str, Artifact]) -> Plan:
+        """What the torch engine is told."""
+        base, data = inputs[BASE], inputs[DATA]
+        facts = {
+            name: data.facts[name]
+            for name in ("tokenizer_digest", "chat_template_digest", "pack_size")
+            if name in data.facts
+        }
+        if "base_fingerprint" in base.facts:
+            facts["base_fingerprint"] = base.facts["base_fingerprint"]
+        if data.record is not None and data.record.digest:
+            facts["data_digest"] = data.record.digest
+        return Plan(
+            packed_dir=data.path or Path(data.value),
+            base_dir=base.path or Path(base.value),
+            train=self.train,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            peft=self.peft,
+            checkpoint=self.checkpoint,
+            rng=self.rng,
+            facts=facts,
+        )
+
+
+def bridge_installed() -> bool:
+    """Whether Megatron-Bridge can be imported here. Nothing of it is."""
+    try:
+        return importlib.util.find_spec("megatron.bridge") is not None
+    except ModuleNotFoundError:  # not even the package megatron
+        return False
+
+
+def _differ(one: Mapping[str, object], other: Mapping[str, object], fact: str) -> bool:
+    """Whether both know a fact and do not agree on it."""
+    return fact in one and fact in other and one[fact] != other[fact]
