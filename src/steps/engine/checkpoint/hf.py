@@ -73,12 +73,26 @@ def open_source(model: str) -> Source:
     return open_directory(path)
 
 
-def fetch(model: str) -> Path:
+def side_files(model: str) -> tuple[Path, dict[str, str]]:
+    """Where a model lies, and the texts of its SIDE_FILES; weights are neither read nor fetched."""
+    path = fetch(model, weights=False) if is_hub_id(model) else Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path, dict(open_source(model).files)
+    if not (path / "config.json").is_file():
+        raise ArtifactError(f"{path} has no config.json", name="missing_checkpoint_hf")
+    return path, _side_files(path)
+
+
+def _side_files(path: Path) -> dict[str, str]:
+    return {name: (path / name).read_text(encoding="utf-8") for name in SIDE_FILES if (path / name).is_file()}
+
+
+def fetch(model: str, *, weights: bool = True) -> Path:
     """Download a model from the Hub (or find it in the cache); the directory it lies in."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    wanted = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except RepositoryNotFoundError as error:
@@ -107,8 +121,7 @@ def open_directory(path: Path) -> Source:
     embedding = found.get("model.embed_tokens.weight")
     if embedding is not None:  # what is stored counts, not what config.json says of it
         config = replace(config, params_dtype=str(embedding.dtype).removeprefix("torch."))
-    files = {name: (path / name).read_text(encoding="utf-8") for name in SIDE_FILES if (path / name).is_file()}
-    return Source(path, config, found, files)
+    return Source(path, config, found, _side_files(path))
 
 
 def weight_files(path: Path) -> list[Path]:

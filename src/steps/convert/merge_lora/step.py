@@ -1,0 +1,61 @@
+"""Adapter and base to one Hugging Face model, ready to serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from steps import runtime
+from steps.convert.common import tokenizer_facts, tokenizer_of
+from steps.convert.merge_lora.schema import Config
+from steps.engine.adapters.base import create
+from steps.engine.checkpoint import mapping
+from steps.engine.checkpoint.convert import megatron_source
+from steps.engine.checkpoint.hf import open_directory, open_source
+from steps.engine.checkpoint.merge import merge, open_adapter
+from steps.engine.data.tokenizer import Tokenizer
+from steps.engine.model.decoder import Decoder, load_weights
+from steps.engine.model.generate import greedy
+from steps.runtime import Job
+
+
+def run(job: Job[Config]) -> None:
+    """Merge tensor by tensor, then let the merged model speak."""
+    config, log = job.config, job.progress.log
+    facts = job.inputs["lora_checkpoint"].facts
+    if config.base_megatron_path is not None:
+        base = megatron_source(Path(config.base_megatron_path).expanduser())
+    else:
+        base = open_source(str(config.base_hf_path))
+    adapter = open_adapter(Path(config.lora_checkpoint).expanduser())
+    method = create(adapter.section, base.config)
+    tokenizer = tokenizer_of(base.path, log)
+    for warning in config.warnings(facts, tokenizer_facts(tokenizer)):
+        log(f"warning: {warning}")
+    with job.produce("output_hf_path") as out:
+        fingerprint = facts.get("base_fingerprint")
+        done = merge(base, adapter, method.merge, out.path, base_fingerprint=fingerprint, progress=job.progress)
+        if tokenizer is not None:
+            tokenizer.save(out.path)
+        out.facts.update(done.facts(), **tokenizer_facts(tokenizer), merged=dict(adapter.section))
+    job.summary(**done.summary(), merged_linears=len(adapter.linears), output_hf_path=config.output_hf_path)
+    if config.sample_prompt is not None and tokenizer is not None:
+        answer = ask(Path(config.output_hf_path).expanduser(), tokenizer, config.sample_prompt, config.sample_tokens)
+        log(f"{config.sample_prompt} -> {answer}")
+        job.summary(sample_prompt=config.sample_prompt, sample_answer=answer)
+
+
+def ask(path: Path, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> str:
+    """What the model at `path` answers, loaded back from disk."""
+    source = open_directory(path)
+    decoder = Decoder(source.config)
+    load_weights(decoder, ((k, v.load()) for k, v in mapping.to_megatron(source.config, source.tensors).items()))
+    message = [{"role": "user", "content": prompt}]
+    text = tokenizer.render(message, add_generation_prompt=True) if tokenizer.chat_template else prompt
+    ends = json.loads(source.files.get("generation_config.json", "{}")).get("eos_token_id")
+    stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return tokenizer.decode(greedy(decoder, tokenizer.encode(text), max_new_tokens, stop)).strip()
+
+
+if __name__ == "__main__":
+    runtime.main(run)

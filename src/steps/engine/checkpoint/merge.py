@@ -1,0 +1,141 @@
+"""Merge an adapter into its base: tensor by tensor, in float32, cast to the base's dtype at the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steps.engine.checkpoint import mapping, megatron
+from steps.engine.checkpoint.convert import Converted, converted
+from steps.engine.checkpoint.fingerprint import Fingerprint
+from steps.engine.checkpoint.hf import SHARD_BYTES, Source, write_directory
+from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.progress import SILENT, Progress
+from steps.errors import ArtifactError, Problem
+
+#: (linear's full name, base weight [out, in] float32, its adapter's tensors, shared tensors) to the merged weight.
+Merge = Callable[[str, Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+
+_BETWEEN = ".adapter."
+_SHARED = "adapter."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter checkpoint, opened.
+
+    section: the `peft` section it was trained with; `type` names the method.
+    linears: by the linear's full name, its tensors by the name behind `.adapter.`.
+    shared:  tensors that belong to no single linear, by their own names.
+    """
+
+    checkpoint: megatron.Checkpoint
+    section: Mapping[str, Any]
+    linears: Mapping[str, LazyTensors]
+    shared: LazyTensors
+
+
+def open_adapter(path: Path, iteration: int | None = None) -> Adapter:
+    """Open a checkpoint_lora, ours or Megatron-Bridge's.
+
+    Raises ArtifactError when it holds other tensors than adapters, or does not say how they were trained.
+    """
+    checkpoint = megatron.Checkpoint.open(path, iteration)
+    linears: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
+    shared: dict[str, LazyTensor] = {}
+    others = []
+    for name, tensor in checkpoint.tensors.items():
+        linear, between, rest = name.partition(_BETWEEN)
+        if between:
+            linears[linear][rest] = tensor
+        elif name.startswith(_SHARED):
+            shared[name.removeprefix(_SHARED)] = tensor
+        else:
+            others.append(name)
+    if others or not linears:
+        what = f"it holds {others[0]}, which is no adapter tensor" if others else "it holds no adapter tensor"
+        raise ArtifactError(f"{checkpoint.folder} is no checkpoint_lora: {what}", name="wrong_type")
+    return Adapter(checkpoint, _peft_section(checkpoint), dict(linears), shared)
+
+
+def _peft_section(checkpoint: megatron.Checkpoint) -> dict[str, Any]:
+    section = checkpoint.run_config.get("peft")
+    where = f"{checkpoint.folder / megatron.RUN_CONFIG}: peft"
+    if not isinstance(section, Mapping):
+        raise ArtifactError(f"{where} is missing: how the adapter was trained is not known", name="damaged_artifact")
+    # Megatron-Bridge writes Python objects as {_target_: their name}, the method itself among them.
+    plain = {
+        key: value["_target_"].rpartition(".")[2] if isinstance(value, Mapping) and "_target_" in value else value
+        for key, value in section.items()
+        if key != "_target_"
+    }
+    plain.setdefault("type", str(section.get("_target_", "")).rpartition(".")[2].lower())
+    return plain
+
+
+def merge(
+    base: Source,
+    adapter: Adapter,
+    merge_weight: Merge,
+    directory: Path,
+    *,
+    base_fingerprint: str | None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> Converted:
+    """Write base and adapter as one Hugging Face directory.
+
+    merge_weight:     the adapter method's `merge`.
+    base_fingerprint: that of the base the adapter was trained on; None when its record does not tell.
+    Raises ArtifactError base_model_mismatch when an adapted linear does not exist in the base, or the adapter was
+    trained on other weights. The latter is certain only when all were read: publish only if this returns.
+    """
+    read, written = Fingerprint(), Fingerprint()
+    parameters = mapping.to_megatron(base.config, read.watch(base.tensors), str(base.path))
+    weights = {f"{linear}.weight": linear for linear in adapter.linears}
+    if unknown := [name for name in weights if name not in parameters]:
+        what = f"the adapter is for {unknown[0].removesuffix('.weight')}, which the base at {base.path} does not have"
+        raise _mismatch(what)
+    shared = {name: tensor.load() for name, tensor in adapter.shared.items()}
+    merged = {
+        name: _merged(tensor, weights[name], adapter.linears[weights[name]], shared, merge_weight)
+        if name in weights
+        else tensor
+        for name, tensor in parameters.items()
+    }
+    tensors = written.watch(mapping.to_hf(base.config, merged))
+    write_directory(directory, tensors, base.files, shard_bytes=shard_bytes, progress=progress, label="merge")
+    if base_fingerprint is not None and read.digest() != base_fingerprint:
+        raise _mismatch(
+            f"the adapter was trained on a base with fingerprint {base_fingerprint[:12]}…, "
+            f"the weights at {base.path} have {read.digest()[:12]}…"
+        )
+    return converted(base.config, tensors, written.digest())
+
+
+def _merged(
+    weight: LazyTensor, linear: str, tensors: LazyTensors, shared: Mapping[str, Tensor], merge_weight: Merge
+) -> LazyTensor:
+    @torch.no_grad()
+    def load() -> Tensor:
+        loaded = {name: tensor.load() for name, tensor in tensors.items()}
+        try:
+            result = merge_weight(linear, weight.load().float(), loaded, shared)
+        except (KeyError, RuntimeError) as error:  # a tensor that is absent, or of a shape that does not multiply
+            if "memory" in str(error):
+                raise
+            raise _mismatch(f"the adapter's tensors do not fit {linear} {list(weight.shape)}: {error}") from error
+        return result.to(weight.dtype)
+
+    return LazyTensor(weight.shape, weight.dtype, load)
+
+
+def _mismatch(what: str) -> ArtifactError:
+    hint = "Merge with the checkpoint that the adapter was trained on."
+    return ArtifactError(Problem(where="", what=what, hint=hint, name="base_model_mismatch"))
