@@ -3,8 +3,8 @@
 Importing this module changes the process for good: only scripts that the tests start as subprocesses import it, first.
 
 Megatron-Core looks for Transformer Engine when its own modules are imported, so these come first and find none.
-Megatron-Bridge imports several CUDA packages without asking; it gets empty modules in which every name is a class, which
-is enough to import, to build configurations and to adapt models of Megatron-Core's local layers.
+Megatron-Bridge imports several CUDA packages without asking; it gets empty modules in which every name is a class. That
+is enough to import it, to build configurations and to adapt models of Megatron-Core's local layers.
 """
 
 from __future__ import annotations

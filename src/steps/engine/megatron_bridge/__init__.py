@@ -8,7 +8,8 @@
 Nothing of Megatron is imported before `build` or `finetune` is called.
 
 `release` knows the installed Megatron-Bridge, `recipe` calls the recipe function, `values` sets plain values on its
-dataclasses, `adapter` and `data` make the two parts that are ours, `compose` puts them together, `outcome` reads the result.
+dataclasses, `adapter` and `data` make the two parts that are ours, `compose` puts them together, `outcome` reads what
+a run left.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ def dataset(
     specs = release.specs(packed_sequence_size=seq_length)
     if context_parallel_size > 1:
         specs.pad_seq_to_mult = 2 * context_parallel_size  # each document is cut in 2 * CP chunks
+        _check_documents(where.packed_dir, specs.pad_seq_to_mult, findings)
     # Assigned, not passed: a .npy does not exist before `write`, and the constructor would look for it. As the
     # constructor would keep them: a Path to a .npy, a text for Parquet.
     kind = Path if where.convert else str
@@ -132,6 +133,24 @@ def dataset(
         findings.note("splits/test is not read: Megatron-Bridge evaluates the valid split only")
     _apply_section(made, section, key, findings)
     return made
+
+
+def _check_documents(packed_dir: Path, multiple: int, findings: Findings) -> None:
+    """Context parallelism cuts the tokens of each document (one less than stored); looks at the first row only."""
+    row = next(read_rows(packed_parquet.shards(packed_dir, "train")), None)
+    if row is not None and any(length % multiple for length in _document_lengths(row)):
+        findings.problem(
+            "recipe.context_parallel_size",
+            f"the documents in {packed_dir} are not padded to multiples of {multiple} (2 * context_parallel_size)",
+            hint=f"Pack again with pad_multiple={multiple}.",
+            name="context_parallel_padding",
+        )
+
+
+def _document_lengths(row: Mapping[str, Any]) -> list[int]:
+    """Tokens of each document of a packed row that are trained on: all but the last, which is only a label."""
+    starts = row["seq_start_id"]
+    return [end - start - 1 for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True)]
 
 
 def _apply_section(made: Any, section: Mapping[str, Any], key: str, findings: Findings) -> None:
@@ -208,8 +227,7 @@ class _Lengths:
         self.documents, self.longest, self.shortest_pack = 0, 0, 0
 
     def add(self, row: Mapping[str, Any]) -> None:
-        starts = row["seq_start_id"]
-        lengths = [b - a - 1 for a, b in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True)]
+        lengths = _document_lengths(row)
         self.documents = max(self.documents, len(lengths))
         self.longest = max(self.longest, *lengths)
         self.shortest_pack = min(self.shortest_pack or sum(lengths), sum(lengths))
