@@ -125,19 +125,27 @@ def validate(container: Any) -> str:
 
 def adapter_shapes(section: dict[str, Any], installed: release.Release) -> dict[str, Any]:
     """Keys and global shapes of the adapter tensors that the genuine transform puts into a small model."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     findings = Findings()
     made = adapter.build(section, installed.adapters, None, findings)
     findings.raise_if_any()
     model = made(small_model(), training=True)
     made.set_params_to_save(model)
-    saved = [value for key, value in model.sharded_state_dict().items() if made.adapter_key_filter(key)]
+    state = {key: value for key, value in model.sharded_state_dict().items() if made.adapter_key_filter(key)}
+    apply_factories(state)  # linear_fc1 is written as a gate half and an up half of one tensor
+    saved = [item for value in state.values() for item in leaves(value)]
     return {
         "class": type(made).__name__,
         "shapes": {value.key: list(value.global_shape) for value in saved if isinstance(value, ShardedTensor)},
         "others": [value.key for value in saved if not isinstance(value, ShardedTensor)],
     }
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, (list, tuple)) else [value]
 
 
 def small_model() -> Any:
