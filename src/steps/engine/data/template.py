@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from steps.errors import ConfigError
@@ -34,6 +36,9 @@ TEMPLATE_ERRORS = (
 
 # Private-use characters of plane 16. A pair that occurs in the rendered values is never used (see `free_marks`).
 _PRIVATE_USE = range(0x100000, 0x10FFFE)
+_PLANE_16 = re.compile("[\U00100000-\U0010ffff]")
+
+_LOOKING_AHEAD = ("last", "nextitem", "length", "revindex", "revindex0")
 
 Message = Mapping[str, Any]
 
@@ -65,6 +70,24 @@ class _Generation(Extension):
         return f"{start}{caller()}{end}"
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, which notes whether a loop was asked for what is still to come (`loop.last`, `loop.length`, …)."""
+
+    looked_ahead = False
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self._note(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self._note(obj, argument)
+        return super().getitem(obj, argument)
+
+    def _note(self, obj: Any, name: Any) -> None:
+        if name in _LOOKING_AHEAD and isinstance(obj, LoopContext):
+            self.looked_ahead = True
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -88,7 +111,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None, now: datetime | None = None) -> None:
         self.source, self.variables, self.now = source, dict(variables or {}), now
-        environment = ImmutableSandboxedEnvironment(
+        self._environment = environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
@@ -129,24 +152,33 @@ class ChatTemplate:
         start, end = marks or free_marks(json.dumps([list(messages), tools], ensure_ascii=False), 2)
         return take_marks(self._render(messages, tools, False, (start, end)), start, end)
 
+    def stream(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Iterator[str]:
+        """`render` piece by piece, with `messages` handed to the template as it is (see `watch`)."""
+        self._environment.looked_ahead = False
+        yield from self._template.generate(self._context(messages, tools, False, None))
+
+    @property
+    def looked_ahead(self) -> bool:
+        """Whether the last `stream` asked a loop for what is still to come."""
+        return self._environment.looked_ahead
+
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool, marks: tuple[str, str] | None
     ) -> str:
         # A key that is null is a key that is not there, as in transformers: APIs write `tool_calls: null`.
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return self._template.render(
-            messages=present,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=prompt,
-            __generation_marks__=marks,
-            **self.variables,
-        )
+        return self._template.render(self._context(present, tools, prompt, marks))
+
+    def _context(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool, marks: tuple[str, str] | None
+    ) -> dict[str, Any]:
+        conversation = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        return {**self.variables, **conversation, "__generation_marks__": marks}
 
 
 def free_marks(text: str, count: int) -> tuple[str, ...]:
     """`count` private-use characters that do not occur in `text`."""
-    if not any(character >= "\U00100000" for character in text):
+    if text.isascii() or not _PLANE_16.search(text):
         return tuple(map(chr, range(_PRIVATE_USE.start, _PRIVATE_USE.start + count)))
     used = set(text)
     free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)

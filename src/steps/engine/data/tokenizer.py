@@ -50,6 +50,10 @@ class Tokenizer:
         """This tokenizer with its templates' clock stopped at `now`."""
         return Tokenizer(self._source, now)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Compiled templates cannot travel to another process; what they are compiled from can.
+        return Tokenizer, (self._source, self._now)
+
     @property
     def bos_token(self) -> str | None:
         return self.special_tokens.get("bos_token")
@@ -101,6 +105,11 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The source of the default chat template."""
         return self._source.templates.get("default")
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """The sources of all chat templates, by name."""
+        return dict(self._source.templates)
 
     @cached_property
     def chat_template_digest(self) -> str:
