@@ -48,7 +48,7 @@ def hf_config(name: str, **overrides: Any) -> Any:
 
 
 def hf_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A random model of a family in evaluation mode. Norm weights and biases are random too, so that none is neutral."""
+    """A random model of a family, for evaluation; norm weights and biases are random too, so that none is neutral."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
