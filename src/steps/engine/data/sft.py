@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from steps.artifacts import record
 from steps.artifacts.packed_parquet import SPLITS
 from steps.artifacts.record import write_text
 from steps.engine.data import report as reporting
@@ -266,3 +267,22 @@ def _of_split(index: int, result: ChunkResult, split: int) -> tuple[np.ndarray, 
     rows = np.repeat(np.arange(len(result.lengths)), np.where(result.splits == split, result.copies, 0))
     offsets = np.concatenate([[0], np.cumsum(result.lengths, dtype=np.int64)])[:-1]
     return np.full(len(rows), index, np.int32), offsets[rows], result.lengths[rows], result.trained[rows]
+
+
+def published(path: Path, plan: Plan) -> dict[str, Any] | None:
+    """The report of the artifact at `path`, if it is whole and that of this very plan; None otherwise."""
+    known = record.read(path) if path.is_dir() else None
+    if known is None or record.missing_files(path, known):
+        return None
+    return finished(path, plan)
+
+
+def facts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the artifact's record says of the packs."""
+    names = ("packs", "tokens", "trained_tokens", "conversations")
+    return {
+        "tokenizer_digest": report["tokenizer_digest"],
+        "chat_template_digest": report["chat_template_digest"],
+        "pack_size": report["pack_size"],
+        "splits": {split: {name: figures[name] for name in names} for split, figures in report["splits"].items()},
+    }
