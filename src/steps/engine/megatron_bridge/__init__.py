@@ -8,8 +8,8 @@
 Nothing of Megatron is imported before `build` or `finetune` is called.
 
 `release` knows the installed Megatron-Bridge, `recipe` calls the recipe function, `values` sets plain values on its
-dataclasses, `adapter` and `data` make the two parts that are ours, `compose` puts them together, `outcome` reads what
-a run left.
+dataclasses, `sections` arranges ours as there, `adapter` and `data` make the parts that are ours, `compose` puts all
+together, `outcome` reads what a run left.
 """
 
 from __future__ import annotations
@@ -79,4 +79,5 @@ def _scratch(resolved: Mapping[str, Any]) -> Path:
     save = (resolved.get("checkpoint") or {}).get("save")
     if not save:
         raise ConfigError("checkpoint.save: missing", hint="Set where the adapter goes.")
-    return Path(save).parent / f"{Path(save).name}.bridge_data"
+    place = Path(save).expanduser()
+    return place.parent / f"{place.name}.bridge_data"

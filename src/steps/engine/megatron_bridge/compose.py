@@ -14,16 +14,11 @@ from steps.artifacts.checkpoint import iteration_dir
 from steps.engine.megatron_bridge import adapter, data, recipe
 from steps.engine.megatron_bridge.findings import Findings
 from steps.engine.megatron_bridge.release import Release
+from steps.engine.megatron_bridge.sections import derive, relocate
 from steps.engine.megatron_bridge.values import Misfit, assign, construct, fit, names
 
 #: Sections that are no section of the container: what they say is turned into something else, or is not for it.
 _OURS = frozenset({"engine", "run", "recipe", "dataset", "peft"})
-#: Keys that live in another section there, in some releases; the first place that exists is taken.
-_MOVED = {
-    "train.log_interval": ("logger.log_interval",),
-    "train.eval_interval": ("validation.eval_interval",),
-    "train.eval_iters": ("validation.eval_iters",),
-}
 #: A model of another shape cannot load the base. Names of TransformerConfig, as run_config.yaml has them.
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
@@ -60,7 +55,7 @@ def compose(
     container = recipe.call(function, asked, str(base), findings)
 
     _apply_recipe(container, {**section, "seq_length": seq_length}, recipe.accepts(function), findings)
-    for name, values in _relocated(_derived(sections, resolved, base), container, findings).items():
+    for name, values in relocate(derive(sections, base, findings), container, findings).items():
         _apply_section(container, name, values, findings)
     _adopt_base(container, base, sections, findings)
     made = adapter.build(peft, release.adapters, getattr(container, "peft", None), findings)
@@ -77,7 +72,7 @@ def compose(
             context_parallel_size=int(getattr(container.model, "context_parallel_size", 1) or 1),
             seed=(resolved.get("rng") or {}).get("seed"),
         )
-    _check_container(container, findings)
+    _check_container(container, sections, findings)
     for message in findings.notes:
         log(message)
     findings.raise_if_any()
@@ -109,42 +104,6 @@ def _apply_recipe(container: Any, section: Mapping[str, Any], accepted: set[str]
             findings.no_counterpart(f"recipe.{key}", value, "the recipe", model_settings | accepted)
 
 
-def _derived(sections: Mapping[str, Any], resolved: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """The sections with what follows from them in Megatron-Bridge and would otherwise stay the recipe's."""
-    made = {name: dict(values) if isinstance(values, Mapping) else values for name, values in sections.items()}
-    checkpoint = made.setdefault("checkpoint", {})
-    checkpoint["pretrained_checkpoint"] = str(base)
-    # Recipes resume from ./nemo_experiments, whatever lies there. We resume from our own place.
-    checkpoint["load"] = checkpoint.get("load") or checkpoint.get("save")
-    decay = (made.get("optimizer") or {}).get("weight_decay")
-    if decay is not None:
-        # The scheduler sets the optimizer's weight decay at each step, from these two.
-        made["scheduler"] = {"start_weight_decay": decay, "end_weight_decay": decay, **(made.get("scheduler") or {})}
-    train = made.get("train") or {}
-    if train.get("eval_interval") == 0 and isinstance(train.get("train_iters"), int):
-        # Zero divides there. Never within the run; the evaluation after the last step is always done.
-        train["eval_interval"] = train["train_iters"] + 1
-    return made
-
-
-def _relocated(sections: Mapping[str, Any], container: Any, findings: Findings) -> dict[str, Any]:
-    """The sections with keys moved to where this release keeps them. What stands there already has precedence."""
-    made = {name: dict(values) if isinstance(values, Mapping) else values for name, values in sections.items()}
-    for source, targets in _MOVED.items():
-        section, key = source.split(".")
-        values, here = made.get(section), getattr(container, section, None)
-        if not isinstance(values, dict) or key not in values or here is None or key in names(here):
-            continue
-        for target in targets:
-            other, name = target.split(".")
-            there = getattr(container, other, None)
-            if there is not None and name in names(there):
-                made.setdefault(other, {}).setdefault(name, values.pop(key))
-                findings.note(f"{source} is {target} in Megatron-Bridge")
-                break
-    return made
-
-
 def _apply_section(container: Any, name: str, values: Any, findings: Findings) -> None:
     """One section of the configuration onto the container's own of that name."""
     if name not in names(container):
@@ -152,6 +111,8 @@ def _apply_section(container: Any, name: str, values: Any, findings: Findings) -
         return
     current = getattr(container, name)
     hint = _hint(type(container), name)
+    if values is None and type(None) not in typing.get_args(hint):
+        return  # an empty section; where the container may go without (comm_overlap), null takes it out
     if not isinstance(values, Mapping):
         try:
             setattr(container, name, fit(hint, values))
@@ -221,7 +182,7 @@ def _adopt_base(container: Any, base: Path, sections: Mapping[str, Any], finding
         )
 
 
-def _check_container(container: Any, findings: Findings) -> None:
+def _check_container(container: Any, sections: Mapping[str, Any], findings: Findings) -> None:
     """What Megatron-Bridge itself would refuse, told in our keys and before any process group stands."""
     if getattr(container.train, "micro_batch_size", 1) != 1:
         findings.problem(
@@ -230,5 +191,5 @@ def _check_container(container: Any, findings: Findings) -> None:
             allowed="1",
             hint="Pack into longer rows (pack_size) to fill the GPU.",
         )
-    if getattr(container.checkpoint, "save", None) is None:
+    if not (sections.get("checkpoint") or {}).get("save"):
         findings.problem("checkpoint.save", "missing", hint="Set where the adapter goes.")

@@ -210,7 +210,7 @@ def read_rows(shards: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for shard in shards:
         with pq.ParquetFile(shard) as file:
             for batch in file.iter_batches(batch_size=64, columns=["input_ids", "loss_mask", "seq_start_id"]):
-                ids, mask, starts = (batch.column(index) for index in range(3))
+                ids, mask, starts = batch.column("input_ids"), batch.column("loss_mask"), batch.column("seq_start_id")
                 for row in range(batch.num_rows):
                     yield {
                         "input_ids": ids[row].values.to_numpy(),

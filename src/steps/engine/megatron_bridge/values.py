@@ -164,12 +164,20 @@ def _set(target: Any, key: str, value: Any, hint: Any, where: str, findings: Fin
     try:
         value = fit(hint, value)
     except Misfit as error:
-        # Recipes themselves go beyond their annotations (attention_backend = "fused" where an enum is declared).
-        # Whatever is of the type that stands there now is a value of that kind.
-        if type(current) is not type(value):
+        # Recipes themselves go beyond annotations (cuda_graph_scope = "full" where a list is declared). Where one does,
+        # whatever is of the type that stands there is a value of that kind.
+        if type(current) is not type(value) or _fits(hint, current):
             findings.problem(where, f"{value!r} does not fit", allowed=str(error))
             return
     setattr(target, key, value)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    try:
+        fit(hint, value)
+    except Misfit:
+        return False
+    return True
 
 
 def _dataclass_in(hint: Any) -> type | None:
