@@ -62,10 +62,12 @@ def _scores(q: Tensor, k: Tensor, rows: int, window: int | None) -> Tensor:
     groups, keys = k.shape[:2]
     scores = torch.bmm(q, k.transpose(1, 2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).view(groups, -1, rows, keys)
-    at = torch.arange(keys - rows, keys, device=q.device)[:, None]
-    seen = torch.arange(keys, device=q.device)[None]
-    hidden = seen > at if window is None else (seen > at) | (seen <= at - window)
-    return scores.masked_fill_(hidden, float("-inf"))
+    row = torch.arange(rows, device=q.device)[:, None]
+    # Only among the rows themselves lies a key that comes later.
+    scores[..., keys - rows :].masked_fill_(torch.arange(rows, device=q.device) > row, float("-inf"))
+    if window is not None:
+        scores.masked_fill_(torch.arange(keys, device=q.device) <= row + keys - rows - window, float("-inf"))
+    return scores
 
 
 class _Blocked(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from steps.engine.train.loop import Trainer
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan
 from steps.engine.train.precision import compute_dtype
-from steps.engine.train.saving import Position, Saver, place, restore, source
+from steps.engine.train.saving import Position, Saver, finished, place, restore, source
 from steps.errors import ArtifactError, ConfigError, Problem
 
 
@@ -29,12 +30,12 @@ from steps.errors import ArtifactError, ConfigError, Problem
 class Result:
     """What a run came to.
 
-    parameters: of the base; trainable: of the adapters; tokens_per_second: None when there was nothing left to train.
+    facts: of the adapter's record: iteration, loss_first, loss_last, valid_loss_first, valid_loss_last, parameters (of
+           the base), trainable_parameters, ….
+    tokens_per_second: None when there was nothing left to train.
     """
 
-    position: Position
-    parameters: int
-    trainable: int
+    facts: Mapping[str, Any]
     tokens_per_second: float | None
 
 
@@ -46,6 +47,9 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
     """
     with world() as here, place(plan, is_main=here.is_main):
         here.barrier()
+        if complete := finished(plan):
+            progress.log(f"nothing to do: {plan.save_dir} has all {plan.train.train_iters} iterations of this run")
+            return Result(complete.facts, None)
         base = megatron.Checkpoint.open(plan.base_dir)
         train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
         _check_sizes(plan, here, len(train_split))
@@ -54,8 +58,9 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         found, position = source(plan), Position()
         if found is not None:
             position = restore(found, plan, trained, optimizer)
-        saver = Saver(plan, base, record, progress)
-        _announce(plan, trained, position, found, progress)
+        counts = _counts(trained)
+        saver = Saver(plan, base, record, counts)
+        _announce(plan, trained, counts["trainable_parameters"], position, found, progress)
 
         def save(position: Position) -> None:
             if here.is_main:
@@ -69,9 +74,7 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
             save(position)
         if here.is_main:
             saver.finish(position)
-        trainable = sum(value.numel() for value in trained.parameters().values())
-        parameters = sum(value.numel() for value in trained.decoder.parameters()) - trainable
-        return Result(position, parameters, trainable, trainer.tokens_per_second)
+        return Result(record.facts, trainer.tokens_per_second)
 
 
 def _model(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress: Progress) -> adapters.Adapters:
@@ -112,8 +115,19 @@ def _check_sizes(plan: Plan, here: World, rows: int) -> None:
         raise ArtifactError(Problem(where="dataset.nano3_packed_sft_dir", what="the train split has no rows"))
 
 
+def _counts(trained: adapters.Adapters) -> dict[str, int]:
+    trainable = sum(value.numel() for value in trained.parameters().values())
+    everything = sum(value.numel() for value in trained.decoder.parameters())
+    return {"parameters": everything - trainable, "trainable_parameters": trainable}
+
+
 def _announce(
-    plan: Plan, trained: adapters.Adapters, position: Position, found: megatron.Checkpoint | None, progress: Progress
+    plan: Plan,
+    trained: adapters.Adapters,
+    trainable: int,
+    position: Position,
+    found: megatron.Checkpoint | None,
+    progress: Progress,
 ) -> None:
     train_iters = plan.train.train_iters
     if position.iteration > train_iters:
@@ -125,13 +139,10 @@ def _announce(
             )
         )
     if found is None:
-        trainable = sum(value.numel() for value in trained.parameters().values())
         dtype = str(trained.decoder.output_weight.dtype).removeprefix("torch.")
         progress.log(
             f"{plan.peft.type}: {trainable:,} trainable parameters on {len(trained.modules)} linears, "
             f"base computed in {dtype}"
         )
-    elif position.iteration == train_iters:
-        progress.log(f"nothing to train: {found.folder} is iteration {position.iteration} of {train_iters}")
     else:
         progress.log(f"going on from {found.folder}, iteration {position.iteration} of {train_iters}")

@@ -17,7 +17,6 @@ from steps.artifacts.checkpoint import iteration_dir
 from steps.artifacts.record import Record
 from steps.engine.adapters.base import Adapters
 from steps.engine.checkpoint import megatron
-from steps.engine.progress import Progress
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan, differences
 from steps.errors import ArtifactError, Problem
@@ -52,6 +51,27 @@ def place(plan: Plan, *, is_main: bool) -> Iterator[None]:
             for rest in (_beside(path), *path.glob(".*.partial"), *path.glob(".*.tmp")):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
         yield
+
+
+def finished(plan: Plan) -> Record | None:
+    """The record of checkpoint.save where this very run is already complete; None where there is something to do.
+
+    Raises ArtifactError when what is there belongs to another run, or is complete and damaged.
+    """
+    known = records.read(plan.save_dir)
+    if known is None or not known.facts.get("finished") or plan.checkpoint.ckpt_step is not None:
+        return None
+    if problems := list(differences(plan.identity(), known.facts.get("identity", {}), str(plan.save_dir))):
+        raise ArtifactError(problems)
+    if known.facts["iteration"] != plan.train.train_iters:
+        return None
+    if gone := records.missing_files(plan.save_dir, known):
+        raise ArtifactError(
+            f"{plan.save_dir} is complete, but {gone[0]} is missing or has changed",
+            hint="Remove the directory to train again.",
+            name="damaged_artifact",
+        )
+    return known
 
 
 def source(plan: Plan) -> megatron.Checkpoint | None:
@@ -95,12 +115,16 @@ def restore(checkpoint: megatron.Checkpoint, plan: Plan, adapters: Adapters, opt
 
 @dataclass
 class Saver:
-    """Writes iterations of one run. base: the checkpoint whose run_config.yaml describes the model."""
+    """Writes iterations of one run.
+
+    base:   the checkpoint whose run_config.yaml describes the model.
+    counts: parameters and trainable_parameters, for the record.
+    """
 
     plan: Plan
     base: megatron.Checkpoint
     record: Record
-    progress: Progress
+    counts: Mapping[str, int]
 
     def save(self, position: Position, adapters: Adapters, optimizer: AdamW) -> None:
         """Add `iter_NNNNNNN`; then the record knows of it."""
@@ -146,7 +170,7 @@ class Saver:
         facts = {name: value for name, value in self.plan.facts.items() if name != "data_digest"}
         return {
             **facts, "method": self.plan.peft.type, **main, "peft": section, "iteration": position.iteration,
-            "finished": finished, **position.history, "identity": self.plan.identity(),
+            "finished": finished, **position.history, **self.counts, "identity": self.plan.identity(),
         }  # fmt: skip
 
     def _run_config(self) -> dict[str, Any]:

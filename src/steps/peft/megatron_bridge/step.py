@@ -7,6 +7,11 @@ from steps.artifacts.record import digest_files
 from steps.peft.megatron_bridge.schema import Config
 
 
+_REPORTED = (
+    "iteration", "loss_first", "loss_last", "valid_loss_first", "valid_loss_last", "parameters", "trainable_parameters",
+)  # fmt: skip
+
+
 def run(job: runtime.Job[Config]) -> None:
     """Hand the work to the engine that the configuration chooses."""
     if job.config.chosen_engine == "megatron_bridge":
@@ -19,14 +24,8 @@ def _torch(job: runtime.Job[Config]) -> None:
     from steps.engine.train.finetune import finetune
 
     result = finetune(job.config.plan(job.inputs), job.record("checkpoint.save"), job.progress)
-    job.summary(
-        checkpoint=job.config.checkpoint.save,
-        iteration=result.position.iteration,
-        **result.position.history,
-        tokens_per_second=result.tokens_per_second,
-        trainable_parameters=result.trainable,
-        parameters=result.parameters,
-    )
+    reported = {name: value for name, value in result.facts.items() if name in _REPORTED}
+    job.summary(checkpoint=job.config.checkpoint.save, **reported, tokens_per_second=result.tokens_per_second)
 
 
 def _megatron_bridge(job: runtime.Job[Config]) -> None:
