@@ -179,17 +179,18 @@ def _unpadded(name: str, tensor: LazyTensor, config: ModelConfig) -> LazyTensor:
 
 
 def _check(expected: Mapping[str, tuple[int, ...]], found: LazyTensors, where: str) -> None:
-    problems = []
+    faults = []
     if missing := [name for name in expected if name not in found]:
-        problems.append(Problem(where=where, what=f"{_few(missing)} missing"))
+        faults.append(f"{_few(missing)} missing")
     if extra := [name for name in found if name not in expected]:
-        problems.append(Problem(where=where, what=f"{_few(extra)} not part of a supported model"))
-    for name, shape in expected.items():
-        if name in found and found[name].shape != shape:
-            what = f"{name} has the shape {list(found[name].shape)}, the configuration says {list(shape)}"
-            problems.append(Problem(where=where, what=what))
-    if problems:
-        raise ArtifactError(problems[:8], name="unsupported_model")
+        faults.append(f"{_few(extra)} not part of a supported model")
+    wrong = [name for name, shape in expected.items() if name in found and found[name].shape != shape]
+    if wrong:
+        shapes = f"has the shape {list(found[wrong[0]].shape)}, the configuration says {list(expected[wrong[0]])}"
+        more = f" ({len(wrong) - 1} other tensors disagree too)" if len(wrong) > 1 else ""
+        faults.append(f"{wrong[0]} {shapes}{more}")
+    if faults:
+        raise ArtifactError([Problem(where=where, what=fault, name="unsupported_model") for fault in faults])
 
 
 def _few(names: Sequence[str]) -> str:

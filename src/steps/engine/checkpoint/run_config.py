@@ -97,9 +97,10 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """
     model = config.get("model")
     if not isinstance(model, Mapping):
-        raise ArtifactError(f"{where} has no section model", hint="It is not a checkpoint that Megatron-Bridge wrote.")
+        hint = "Megatron-Bridge writes one into run_config.yaml; without it the model's shape is not known."
+        raise ArtifactError(f"{where} has no section model", hint=hint, name="unsupported_model")
     problems = [
-        Problem(where=f"{where}: model.{name}", what="is missing")
+        Problem(where=f"{where}: model.{name}", what="is missing", name="unsupported_model")
         for name in (*_SAME[:4], "ffn_hidden_size", "vocab_size", "seq_length", "rotary_base")
         if model.get(name) is None and name != "num_query_groups"
     ]
@@ -113,7 +114,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     if activation.rpartition(".")[2] not in ("silu", "swish"):
         problems.append(_unsupported(where, "activation_func", activation, "torch.nn.functional.silu"))
     if problems:
-        raise ArtifactError([*problems])
+        raise ArtifactError(problems)
     hf = config.get("hf") or {}
     values = {name: model[name] for name in _SAME if model.get(name) is not None}
     values.setdefault("num_query_groups", values["num_attention_heads"])
@@ -132,7 +133,8 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _unsupported(where: str, name: str, value: Any, allowed: str) -> Problem:
-    return Problem(where=f"{where}: model.{name}", what=f"{value!r} is not supported", allowed=allowed)
+    what = f"{value!r} is not supported"
+    return Problem(where=f"{where}: model.{name}", what=what, allowed=allowed, name="unsupported_model")
 
 
 def _family(model: Mapping[str, Any], hf: Mapping[str, Any]) -> str:
