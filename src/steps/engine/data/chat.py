@@ -31,6 +31,8 @@ REASONS: Mapping[str, str] = {
     "tool_calls_not_in_template": "the chat template does not show tool calls: the answer would be lost",
     "template_error": "the chat template refuses the conversation",
     "template_cuts_special_tokens": "a special token written as text does not come through the template whole",
+    "special_token_has_no_text": "a special token written as text: the tokenizer knows no other tokens for it",
+    "left_out_answer_not_found": "an answer with weight 0 that the template shows differently later on",
     "weights_need_one_span_per_answer": "the template's generation blocks are not one per assistant message",
     "no_answer": "no assistant message that is to be trained (weight 0 and empty ones do not count)",
     "answers_rewritten": "the template shows every answer differently from how it would be generated",
@@ -60,11 +62,17 @@ class DroppedError(Exception):
 
 @dataclass
 class Conversation:
-    """A checked row. trained: for each message whether the loss may cover it. canonical: one text for equal rows."""
+    """A checked row.
+
+    trained:   for each message whether it is an answer to train.
+    left_out:  for each message whether it is an answer with weight 0.
+    canonical: the same text for equal rows.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     trained: list[bool]
+    left_out: list[bool]
     canonical: str
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -86,14 +94,21 @@ def parse(line: bytes, messages_field: str = "messages", tools_field: str = "too
         raise DroppedError("messages_empty")
     notes: Counter[str] = Counter()
     checked = [_message(message) for message in messages]
-    trained = [_trained(message, notes) for message in checked]
-    for message in checked:
-        message.pop("weight", None)
+    weights = [_weight(message) for message in checked]
+    answers = [message["role"] == "assistant" for message in checked]
+    trained = [
+        answer and weight and _says_something(message, notes)
+        for message, answer, weight in zip(checked, answers, weights, strict=True)
+    ]
+    left_out = [answer and not weight for answer, weight in zip(answers, weights, strict=True)]
     tools = _tools(row.get(tools_field))
-    canonical = json.dumps([checked, tools], ensure_ascii=False, sort_keys=True)
+    try:
+        canonical = json.dumps([checked, tools], ensure_ascii=False, sort_keys=True)
+    except RecursionError as error:
+        raise DroppedError("malformed_line") from error
     if not _is_unicode(canonical):
         raise DroppedError("invalid_unicode")
-    return Conversation(checked, tools, trained, canonical, notes)
+    return Conversation(checked, tools, trained, left_out, canonical, notes)
 
 
 def _message(row: Any) -> dict[str, Any]:
@@ -145,12 +160,15 @@ def _tool_call(call: Any) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
-def _trained(message: Mapping[str, Any], notes: Counter[str]) -> bool:
-    weight = message.get("weight", 1)
-    if not isinstance(weight, (int, float)) or weight not in (0, 1):
+def _weight(message: dict[str, Any]) -> bool:
+    """Whether a message's weight is 1. The key is taken out: templates do not know it."""
+    weight = message.pop("weight", 1)
+    if not isinstance(weight, int | float) or weight not in (0, 1):
         raise DroppedError("invalid_weight")
-    if message["role"] != "assistant" or not weight:
-        return False
+    return bool(weight)
+
+
+def _says_something(message: Mapping[str, Any], notes: Counter[str]) -> bool:
     if any(message.get(key) for key in ("content", "tool_calls", "reasoning_content", "thinking", "reasoning")):
         return True
     notes["empty_answers"] += 1

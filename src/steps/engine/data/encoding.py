@@ -14,7 +14,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -96,11 +96,14 @@ class Encoder:
             conversation = self._mark(conversation, marks[2], marks[3])
             notes["special_tokens_as_text"] += 1
         answers = find_answers(template, self._asked(conversation), (marks[0], marks[1]), stream=self.stream)
-        if answers.rewritten:
-            notes["answers_rewritten"] += answers.rewritten
-        if self._loss == "assistant" and not answers.spans:
-            raise DroppedError("answers_rewritten" if answers.rewritten else "nothing_trained")
-        if self._loss == "all":
+        if self._loss == "assistant":
+            if answers.rewritten:
+                notes["answers_rewritten"] += answers.rewritten
+            if not answers.spans:
+                raise DroppedError("answers_rewritten" if answers.rewritten else "nothing_trained")
+        else:
+            if answers.rewritten:
+                raise DroppedError("left_out_answer_not_found")
             answers = Answers(answers.text, _without(len(answers.text), answers.spans))
         row = self._unmark(answers, marks[2], marks[3]) if marked else Row(answers.text, answers.spans)
         row.notes = notes
@@ -113,14 +116,8 @@ class Encoder:
         return self._loss == "assistant" and not template.has_generation
 
     def _asked(self, conversation: Conversation) -> Conversation:
-        """For loss "all", the spans to find are those to leave out: assistant messages with weight 0."""
-        if self._loss == "assistant":
-            return conversation
-        left_out = [
-            message["role"] == "assistant" and not trained
-            for message, trained in zip(conversation.messages, conversation.trained, strict=True)
-        ]
-        return Conversation(conversation.messages, conversation.tools, left_out, conversation.canonical)
+        """For loss "all", the spans to find are those to leave out: answers with weight 0."""
+        return conversation if self._loss == "assistant" else replace(conversation, trained=conversation.left_out)
 
     def _mark(self, conversation: Conversation, start: str, end: str) -> Conversation:
         def mark(value: Any) -> Any:
@@ -131,7 +128,7 @@ class Encoder:
             return [mark(item) for item in value] if isinstance(value, list) else value
 
         marked = [mark(message) for message in conversation.messages]
-        return Conversation(marked, mark(conversation.tools), conversation.trained, conversation.canonical)
+        return replace(conversation, messages=marked, tools=mark(conversation.tools))
 
     def _unmark(self, answers: Answers, start: str, end: str) -> Row:
         """Take the marks out; raise DroppedError where the template has torn a pair apart or written it otherwise."""
@@ -178,7 +175,7 @@ class Encoder:
         """Ids of a control token's text, as text. `lead`: see `_after`."""
         ids = self._after(lead, text, self._plain) if lead else self._plain.encode(text, add_special_tokens=False).ids
         if self._tokenizer.backend.token_to_id(text) in ids:  # a vocabulary entry that its own text is merged into
-            raise DroppedError("template_cuts_special_tokens")
+            raise DroppedError("special_token_has_no_text")
         return list(ids)
 
     def _encode_whole(self, rows: Sequence[Row]) -> list[tuple[np.ndarray, np.ndarray]]:

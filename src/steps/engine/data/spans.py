@@ -63,6 +63,8 @@ def _generated(template: ChatTemplate, conversation: Conversation, marks: tuple[
         wanted = [span for span, trained in zip(rendered.spans, answers, strict=True) if trained]
     elif all(answers):
         wanted = rendered.spans
+    elif not any(answers):
+        wanted = []
     else:
         raise DroppedError("weights_need_one_span_per_answer")
     return Answers(rendered.text, [span for span in wanted if span[1] > span[0]])

@@ -31,7 +31,7 @@ TEMPLATE_ERRORS = (
     AttributeError,
     IndexError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,
 )
 
 # Private-use characters of plane 16. A pair that occurs in the rendered values is never used (see `free_marks`).

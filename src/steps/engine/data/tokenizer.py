@@ -208,5 +208,7 @@ def _digest(description: Mapping[str, Any]) -> str:
 def _told(part: Any) -> Any:
     """A part of the description without what is absent, false or empty: versions differ in whether they say it."""
     if isinstance(part, Mapping):
-        return {key: _told(value) for key, value in part.items() if value not in (None, False, "", [], {})}
+        # trim_offsets moves character positions, never ids.
+        told = {key: value for key, value in part.items() if key != "trim_offsets"}
+        return {key: _told(value) for key, value in told.items() if value not in (None, False, "", [], {})}
     return [_told(entry) for entry in part] if isinstance(part, list) else part
