@@ -65,11 +65,11 @@ def _unmatched(where: str, pattern: str, names: Sequence[str]) -> Problem:
     if last in _ELSEWHERE:
         fused = _ELSEWHERE[last]
         hint = f"{last} is part of {fused} here: write {pattern.replace(last, fused)}."
+    elif "*" in pattern:
+        layers = sum(name.endswith(f".{parts[0]}") for name in names)
+        hint = f"Full names look like {names[0]}; the model has layers 0 to {layers - 1}."
     else:
         hint = suggest(pattern, parts) or suggest(pattern, names)
-        if not hint and "*" in pattern:
-            layers = sum(name.endswith(f".{parts[0]}") for name in names)
-            hint = f"Full names look like {names[0]}; the model has layers 0 to {layers - 1}."
     return Problem(
         where=where, what=f"{pattern!r} matches no module", allowed=", ".join(parts), hint=hint, name="target_not_found"
     )
