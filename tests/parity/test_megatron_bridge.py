@@ -18,7 +18,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+
+from steps.engine.checkpoint import megatron
+from steps.engine.checkpoint.megatron import Checkpoint, unstacked
 
 TESTS = Path(__file__).parents[1]
 
@@ -152,6 +156,18 @@ def write_base(root: Path, **shape: int) -> None:
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
+def write_adapter(folder: Path, shapes: dict[str, list[int]], section: dict[str, Any]) -> Path:
+    """A checkpoint_lora of ours with random values of these shapes; returns its iter folder."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [0] if "*.layers.0.*.linear_qkv" in section.get("target_modules", ()) else [0, 1]
+    tensors = {
+        unstacked(key, layer): torch.randn(shape[1:], generator=generator)
+        for key, shape in shapes.items()
+        for layer in layers
+    }
+    return megatron.write(folder, tensors, num_layers=2, run_config={})
+
+
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What genuine Megatron-Bridge made of RESOLVED, ADAPTERS and the broken configurations, in one process."""
@@ -169,7 +185,13 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "packed_dir": str(root / "packed"),
         "base": str(root / "base"),
         "broken": list(BROKEN.values()),
-        "adapters": ADAPTERS,
+        "adapters": [
+            {
+                "peft": section,
+                "checkpoint": str(write_adapter(root / f"adapter{index}" / "ours", SHAPES[index], section)),
+            }
+            for index, section in enumerate(ADAPTERS)
+        ],
     }
     (root / "job.json").write_text(json.dumps(job))
     environment = {
@@ -364,6 +386,27 @@ def test_genuine_adapters_have_the_names_and_shapes_of_checkpoint_lora(probe: di
     assert made["class"] == {"lora": "LoRA", "dora": "DoRA", "canonical_lora": "CanonicalLoRA"}[ADAPTERS[index]["type"]]
     assert made["shapes"] == SHAPES[index]
     assert all(key.endswith("._extra_state") for key in made["others"])
+
+
+@pytest.mark.parametrize("index", [0, 2, 3], ids=["lora", "dora", "canonical_lora"])
+def test_adapters_of_either_engine_are_read_by_the_other(probe: dict[str, Any], index: int) -> None:
+    folder = probe["root"] / f"adapter{index}"
+    assert all("._extra_state" in key for key in probe["adapters"][index]["unmatched"])
+    for checkpoint, theirs in (("ours", "loaded.pt"), ("saved", "saved.pt")):
+        read = {name: tensor.load() for name, tensor in Checkpoint.open(folder / checkpoint).tensors.items()}
+        expected = torch.load(folder / theirs)
+        assert set(read) == set(expected)
+        assert all(torch.equal(read[name], expected[name]) for name in read)
+
+
+def test_why_an_adapter_on_some_layers_of_a_plain_decoder_is_refused(probe: dict[str, Any]) -> None:
+    """Megatron-Core's own check, which it makes on every load and on the first save."""
+    assert [("Invalid access pattern" in made["integrity"]) for made in probe["adapters"]] == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_all_that_is_wrong_is_told_at_once(probe: dict[str, Any]) -> None:

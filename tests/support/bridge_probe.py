@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests:src python -m support.bridge_probe JOB.json RESULT.json
 
-JOB.json: {"resolved", "packed_dir", "base", "broken" (configurations that must be refused), "adapters" (peft ones)}.
+JOB.json: {"resolved", "packed_dir", "base", "broken" (configurations that must be refused), "adapters": each with a
+peft section and the folder of a checkpoint of ours; genuine tensors and checkpoints are left beside that folder}.
 RESULT.json: what genuine code made of it, as plain data; the test judges. Nothing here is asserted.
 """
 
@@ -51,7 +52,7 @@ def main(job_file: str, result_file: str) -> None:
     result["splits"] = read_rows(container)
     result["refused"] = [refusal(job, resolved) for resolved in job["broken"]]
     result["validated"] = validate(container)
-    result["adapters"] = [adapter_shapes(section, installed) for section in job["adapters"]]
+    result["adapters"] = [exchange(entry["peft"], Path(entry["checkpoint"]), installed) for entry in job["adapters"]]
     Path(result_file).write_text(json.dumps(result))
 
 
@@ -123,23 +124,59 @@ def validate(container: Any) -> str:
     return ""
 
 
-def adapter_shapes(section: dict[str, Any], installed: release.Release) -> dict[str, Any]:
-    """Keys and global shapes of the adapter tensors that the genuine transform puts into a small model."""
+def exchange(section: dict[str, Any], ours: Path, installed: release.Release) -> dict[str, Any]:
+    """Put a genuine adapter on a small model, load our checkpoint into it, give it other values and save those.
+
+    Megatron-Bridge does it with the checks of access integrity on; `integrity` says what they think.
+    ours: an iter_NNNNNNN folder. Left beside its checkpoint: loaded.pt and saved.pt, parameters by name; saved/, the genuine checkpoint of the latter.
+    Returns the keys and global shapes of its tensors, and the keys of what else it saves.
+    """
+    from megatron.bridge.training.checkpointing import apply_peft_adapter_filter_to_state_dict
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.validation import (
+        StrictHandling,
+        determine_global_metadata,
+        validate_sharding_integrity,
+    )
 
     findings = Findings()
     made = adapter.build(section, installed.adapters, None, findings)
     findings.raise_if_any()
     model = made(small_model(), training=True)
     made.set_params_to_save(model)
-    state = {key: value for key, value in model.sharded_state_dict().items() if made.adapter_key_filter(key)}
-    apply_factories(state)  # linear_fc1 is written as a gate half and an up half of one tensor
-    saved = [item for value in state.values() for item in leaves(value)]
-    return {
+
+    def state() -> dict[str, Any]:
+        return apply_peft_adapter_filter_to_state_dict({"model": model.sharded_state_dict()}, made)["model"]
+
+    def adapters() -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+    written = state()
+    apply_factories(written)  # linear_fc1 is written as a gate half and an up half of one tensor
+    parts = [part for value in written.values() for part in leaves(value)]
+    result = {
         "class": type(made).__name__,
-        "shapes": {value.key: list(value.global_shape) for value in saved if isinstance(value, ShardedTensor)},
-        "others": [value.key for value in saved if not isinstance(value, ShardedTensor)],
+        "shapes": {part.key: list(part.global_shape) for part in parts if isinstance(part, ShardedTensor)},
+        "others": [part.key for part in parts if not isinstance(part, ShardedTensor)],
+        "integrity": "",
     }
+    try:
+        validate_sharding_integrity(determine_global_metadata(written)[1])
+    except CheckpointingException as error:
+        return {**result, "integrity": str(error)}  # neither loading nor saving would come further
+    loaded, missing, unexpected = dist_checkpointing.load(state(), str(ours), strict=StrictHandling.RETURN_ALL)
+    model.load_state_dict(loaded, strict=False)
+    torch.save(adapters(), ours.parent.parent / "loaded.pt")
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.normal_()
+    torch.save(adapters(), ours.parent.parent / "saved.pt")
+    (ours.parent.parent / "saved").mkdir()
+    dist_checkpointing.save(state(), str(ours.parent.parent / "saved"))
+    return {**result, "unmatched": [*missing, *unexpected]}
 
 
 def leaves(value: Any) -> list[Any]:

@@ -45,6 +45,8 @@ class Model:
     tensor_model_parallel_size: int = 1
     context_parallel_size: int = 1
     hidden_size: int = 64
+    num_layers: int = 2
+    hybrid_override_pattern: str | None = None
     vocab_size: int | None = None
     recompute_granularity: str | None = "selective"
     recompute_method: str | None = None
@@ -94,6 +96,8 @@ class Checkpoint:
     save: str | None = "nemo_experiments"
     load: str | None = "nemo_experiments"
     pretrained_checkpoint: str | None = None
+    load_optim: bool = True
+    load_rng: bool = True
 
 
 @dataclasses.dataclass
@@ -357,6 +361,18 @@ def test_it_resumes_from_our_place_and_never_from_the_recipe_s(bridge: Callable[
     assert "checkpoint.save" in problems(lambda: bridge(checkpoint={"save": None}))
 
 
+def test_an_adapter_of_the_torch_engine_is_loaded_without_its_optimizer(
+    bridge: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = write_base(tmp_path / "lora")
+    assert bridge().checkpoint.load_optim
+    (folder / "training_state.pt").touch()
+    log: list[str] = []
+    checkpoint = bridge(log=log).checkpoint
+    assert (checkpoint.load_optim, checkpoint.load_rng) == (False, False)
+    assert any("was saved by the torch engine" in line for line in log)
+
+
 def test_empty_sections_leave_the_recipe_alone(bridge: Callable[..., Any]) -> None:
     made = bridge(optimizer=None, scheduler={}, model=None, peft=None, dataset=None, rng=None, comm_overlap=None)
     assert (made.optimizer, made.scheduler, made.peft.dim) == (Optimizer(), Scheduler(), 8)
@@ -420,6 +436,14 @@ def test_adapters_that_it_does_not_have_or_take(bridge: Callable[..., Any]) -> N
     assert "dim is too large" in problems(lambda: bridge(peft={"dim": 1000}))["peft"].what
     assert "recipe.peft" in problems(lambda: bridge(recipe={"peft": "dora"}))
     assert "recipe.packed_sequence" in problems(lambda: bridge(recipe={"packed_sequence": False}))
+
+
+def test_some_layers_only_where_layers_are_stored_one_by_one(bridge: Callable[..., Any]) -> None:
+    one = {"target_modules": ["*.layers.1.*.linear_qkv", "linear_fc2"]}
+    found = problems(lambda: bridge(peft=one))["peft.target_modules"]
+    assert found.what.startswith("self_attention.linear_qkv is adapted in 1 of 2 layers")
+    assert bridge(peft=one, model={"hybrid_override_pattern": "M*"}).peft.target_modules == one["target_modules"]
+    bridge(peft={"target_modules": ["*.layers.0.*.linear_qkv", "*.layers.1.*.linear_qkv"]})
 
 
 # --- the data ------------------------------------------------------------------------------------------------------

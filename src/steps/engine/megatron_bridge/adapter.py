@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from steps.engine.adapters import targets
 from steps.engine.megatron_bridge.findings import Findings
 from steps.engine.megatron_bridge.values import construct
 from steps.errors import suggest
@@ -72,4 +73,32 @@ def _check(values: Mapping[str, Any], findings: Findings) -> None:
         if values.get(key) is not None and values[key] not in INIT_METHODS:
             findings.problem(
                 f"peft.{key}", f"Megatron-Bridge knows no {values[key]!r}", allowed=", ".join(INIT_METHODS)
+            )
+
+
+def check_layers(adapter: Any, model: Any, findings: Findings) -> None:
+    """Refuse an adapter on some layers of a model whose layers are stored stacked under one key.
+
+    Megatron-Core checks, when the first checkpoint is saved, that every part of a stacked tensor is there, and layers
+    without the adapter have none. Hybrid and mixed models (Mamba, MoE on some layers) are stored layer by layer.
+    """
+    mixed = (
+        "hybrid_override_pattern",
+        "hybrid_layer_pattern",
+        "heterogeneous_block_specs",
+        "hetereogenous_dist_checkpoint",
+    )
+    if any(getattr(model, name, None) for name in mixed):
+        return
+    if any(isinstance(getattr(model, name, None), list) for name in ("moe_layer_freq", "linear_attention_freq")):
+        return
+    layers = int(getattr(model, "num_layers", None) or 0)
+    chosen = targets.select(adapter.target_modules or [], adapter.exclude_modules or [], targets.linear_names(layers))
+    for linear in targets.LINEARS:
+        count = sum(name.endswith(f".{linear}") for name in chosen)
+        if 0 < count < layers:
+            findings.problem(
+                "peft.target_modules",
+                f"{linear} is adapted in {count} of {layers} layers, which Megatron-Core cannot save for this model",
+                hint="Adapt it in every layer, or use engine: torch.",
             )

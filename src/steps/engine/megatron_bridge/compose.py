@@ -61,6 +61,7 @@ def compose(
     made = adapter.build(peft, release.adapters, getattr(container, "peft", None), findings)
     if made is not None:
         container.peft = made
+        adapter.check_layers(made, container.model, findings)
     if seq_length is not None:
         container.dataset = data.dataset(
             container.dataset,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steps.artifacts.checkpoint import iteration_dir
 from steps.engine.megatron_bridge.findings import Findings
 from steps.engine.megatron_bridge.values import names
 
@@ -26,6 +27,10 @@ def derive(sections: Mapping[str, Any], base: Path, findings: Findings) -> dict[
         checkpoint[key] = str(Path(checkpoint[key]).expanduser()) if checkpoint.get(key) else None
     # Recipes resume from ./nemo_experiments, whatever lies there. We resume from our own place.
     checkpoint |= {"pretrained_checkpoint": str(base), "load": checkpoint["load"] or checkpoint["save"]}
+    source = iteration_dir(Path(checkpoint["load"]), checkpoint.get("ckpt_step")) if checkpoint["load"] else None
+    if source is not None and (source / "training_state.pt").is_file():
+        made["checkpoint"] = {"load_optim": False, "load_rng": False, **checkpoint}
+        findings.note(f"{source} was saved by the torch engine: its adapter is loaded, the optimizer starts afresh")
     decay = (made.get("optimizer") or {}).get("weight_decay")
     if decay is not None:
         # The scheduler sets the optimizer's weight decay at each step, from these two.
