@@ -108,15 +108,16 @@ def _streamed(template: ChatTemplate, conversation: Conversation) -> Answers | N
     answers = Answers(rendered)
     if first is None:
         return answers
-    begin = watch.boundaries[first]
+    begin = watch.boundaries.get(first)
+    if begin is None:  # the walk began behind it
+        return None
     prompt = template.render(conversation.messages[:first], conversation.tools, add_generation_prompt=True)
     header = prompt[begin:]
     if prompt[:begin] != rendered[:begin]:
         return None
-    for index, trained in enumerate(conversation.trained):
+    for index in (index for index, trained in enumerate(conversation.trained) if trained):
         start, end = watch.boundaries[index] + len(header), watch.boundaries[index + 1]
-        if trained and (end <= start or not rendered.startswith(header, watch.boundaries[index])):
+        if end <= start or not rendered.startswith(header, watch.boundaries[index]):
             return None
-        if trained:
-            answers.spans.append((start, end))
+        answers.spans.append((start, end))
     return answers
