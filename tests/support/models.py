@@ -75,3 +75,20 @@ def save_hf(
     model = hf_model(name, seed, dtype, **overrides)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return model
+
+
+def save_tokenizer(directory: Path) -> Any:
+    """Write a word-level tokenizer of 97 words with a chat template, as transformers does, and return it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<eos>": 1, "<user>": 2, "<assistant>": 3} | {f"w{number}": number for number in range(4, 97)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(directory)
+    return tokenizer
