@@ -127,9 +127,10 @@ def validate(container: Any) -> str:
 def exchange(section: dict[str, Any], ours: Path, installed: release.Release) -> dict[str, Any]:
     """Put a genuine adapter on a small model, load our checkpoint into it, give it other values and save those.
 
-    Megatron-Bridge does it with the checks of access integrity on; `integrity` says what they think.
-    ours: an iter_NNNNNNN folder. Left beside its checkpoint: loaded.pt and saved.pt, parameters by name; saved/, the genuine checkpoint of the latter.
-    Returns the keys and global shapes of its tensors, and the keys of what else it saves.
+    ours: an iter_NNNNNNN folder. Left beside its checkpoint: loaded.pt and saved.pt, parameters by name; saved/, the
+          genuine checkpoint of the latter.
+    Returns the keys and global shapes of its tensors, the keys of what else it saves, the keys that were only on one
+    side, and what Megatron-Core has against storing this adapter at all.
     """
     from megatron.bridge.training.checkpointing import apply_peft_adapter_filter_to_state_dict
     from megatron.core import dist_checkpointing
