@@ -349,7 +349,9 @@ def test_words_of_the_torch_engine(bridge: Callable[..., Any]) -> None:
     model = made.model
     assert (model.recompute_granularity, model.recompute_method, model.recompute_num_layers) == ("full", "uniform", 1)
     assert bridge(train={"recompute_granularity": None}).model.recompute_granularity == "selective"
-    assert bridge(mixed_precision=None, train={"precision": "bfloat16"}).mixed_precision is None
+    log: list[str] = []
+    assert bridge(mixed_precision=None, train={"precision": "bfloat16"}, log=log).mixed_precision is None
+    assert "train.precision gives way to mixed_precision" in log
     assert bridge(train={"precision": "bfloat16"}).mixed_precision == "bf16_mixed"
     assert "train.precision" in problems(lambda: bridge(train={"precision": "float32"}))
 

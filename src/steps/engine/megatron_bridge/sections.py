@@ -49,9 +49,11 @@ def derive(sections: Mapping[str, Any], base: Path, findings: Findings) -> dict[
 
 def _precision(precision: str, sections: dict[str, Any], findings: Findings) -> None:
     """train.precision, the torch engine's word, as a preset of mixed_precision."""
-    if precision == "auto" or "mixed_precision" in sections:
+    if precision == "auto":
         return
-    if precision == "bfloat16":
+    if "mixed_precision" in sections:
+        findings.note("train.precision gives way to mixed_precision")
+    elif precision == "bfloat16":
         sections["mixed_precision"] = "bf16_mixed"
         findings.note("train.precision bfloat16 is mixed_precision bf16_mixed in Megatron-Bridge")
     else:
