@@ -109,7 +109,7 @@ def _plan(wanting: Planned, planned: dict[str, Planned], above: tuple[str, ...])
         return
     if wanting.step.id in above:
         raise ArtifactError(f"the steps need each other in a circle: {' -> '.join((*above, wanting.step.id))}")
-    for port in wanting.findings.missing:
+    for port in (*wanting.findings.missing, *_unfinished(wanting)):
         maker = _maker(port, wanting)
         wanting.waits_for[port.key] = maker.step.id
         _plan(maker, planned, (*above, wanting.step.id))
@@ -119,6 +119,14 @@ def _plan(wanting: Planned, planned: dict[str, Planned], above: tuple[str, ...])
         problem for problem in wanting.problems if not (problem.where in wanting.waits_for and problem.name in made)
     ]
     planned[wanting.step.id] = wanting
+
+
+def _unfinished(wanting: Planned) -> list[Port]:
+    """Inputs that are there but whose run was stopped: running their step again takes it up where it was."""
+    found = wanting.findings.inputs
+    return [
+        port for port in wanting.step.consumes if port.key in found and found[port.key].facts.get("finished") is False
+    ]
 
 
 def _maker(port: Port, wanting: Planned) -> Planned:
