@@ -121,7 +121,9 @@ def test_micro_batches_only_split_the_work(root):
     """float32 sums in another order; Adam's first steps divide tiny gradients by themselves, hence 1e-4."""
     curves, weights = [], []
     for size in (1, 2, 4):
-        curves.append(train(root, train={"micro_batch_size": size}, checkpoint={"save": str(root / f"lora{size}")}).losses())
+        curves.append(
+            train(root, train={"micro_batch_size": size}, checkpoint={"save": str(root / f"lora{size}")}).losses()
+        )
         weights.append({name: tensor.load() for name, tensor in Checkpoint.open(root / f"lora{size}").tensors.items()})
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], rel=1e-5)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from steps import runtime
 from steps.artifacts.record import digest_files
+from steps.engine.train.threads import share_cores
 from steps.peft.megatron_bridge.schema import Config
-
 
 _REPORTED = (
     "iteration", "loss_first", "loss_last", "valid_loss_first", "valid_loss_last", "parameters", "trainable_parameters",
@@ -41,4 +41,5 @@ def _megatron_bridge(job: runtime.Job[Config]) -> None:
 
 
 if __name__ == "__main__":
+    share_cores()
     runtime.main(run)

@@ -1,0 +1,152 @@
+"""What peft/megatron_bridge refuses before anything starts, and in which words. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steps.artifacts.opening import Artifact
+from steps.artifacts.record import Record
+from steps.config import yaml12
+from steps.config.validate import validate
+from steps.errors import ConfigError
+from steps.peft.megatron_bridge import schema
+from steps.peft.megatron_bridge.schema import BASE, DATA, Config
+
+FOLDER = Path(schema.__file__).parent
+
+
+def shipped(name: str, **sections) -> dict:
+    data, _ = yaml12.load(FOLDER / "config" / f"{name}.yaml")
+    for section, values in sections.items():
+        data[section] = {**data.get(section, {}), **values} if isinstance(values, dict) else values
+    return data
+
+
+def artifacts(
+    base: dict | None = None, data: dict | None = None, tmp_path: Path = Path("nowhere")
+) -> dict[str, Artifact]:
+    base = {"tokenizer_digest": "a", "base_fingerprint": "f", "model": {"num_layers": 30}, **(base or {})}
+    data = {"tokenizer_digest": "a", "pack_size": 512, **(data or {})}
+    return {
+        BASE: Artifact(
+            BASE, "checkpoint_megatron", "base", tmp_path / "base", Record("checkpoint_megatron"), facts=base
+        ),
+        DATA: Artifact(DATA, "packed_parquet", "packed", tmp_path / "packed", Record("packed_parquet"), facts=data),
+    }
+
+
+@pytest.mark.parametrize("name", ["default", "tiny"])
+def test_shipped_configs_are_valid(name):
+    config, notes = validate(Config, shipped(name))
+    assert not notes
+    assert config.chosen_engine == {"default": "megatron_bridge", "tiny": "torch"}[name]
+
+
+def test_default_is_the_documented_run():
+    config, _ = validate(Config, shipped("default"))
+    assert config.recipe.target.endswith("nemotron_3_nano.nemotron_3_nano_peft_config")
+    assert (config.peft.dim, config.peft.target_modules) == (32, ["linear_qkv", "linear_proj"])
+    assert config.recipe.seq_length == 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {"tensor_model_parallel_size": 8}}, "recipe.tensor_model_parallel_size: 8 needs the engine megatron_bridge"),
+        ({"recipe": {"context_parallel_size": 2}}, "recipe.context_parallel_size: 2 needs the engine"),
+        ({"scheduler": {"lr_warmup_iters": 20}}, r"scheduler.lr_warmup_iters: 20 leaves .* below train_iters \(20\)"),
+        ({"scheduler": {"lr_warmup_iters": 9, "lr_decay_iters": 5}}, r"below lr_decay_iters \(5\)"),
+        ({"optimizer": {"min_lr": 0.1}}, r"optimizer.min_lr: 0.1 is above optimizer.lr"),
+        ({"train": {"micro_batch_size": 3}}, "train.global_batch_size: 4 is no multiple of micro_batch_size"),
+        ({"run": {"env": {"nprocs_per_node": 3}}}, "no multiple of micro_batch_size .1. times 3 processes"),
+        ({"peft": {"dmi": 8}}, r"peft.dmi: unknown key.*Did you mean peft.dim\?"),
+        ({"peft": {"dim": 0}}, "peft.dim: 0 is out of range"),
+        ({"peft": {"type": "lroa"}}, "peft.type: 'lroa' is not one of the choices"),
+        ({"engine": "megatron"}, r"engine: 'megatron' is not one of the choices.*megatron_bridge"),
+        ({"engine": "megatron_bridge"}, "recipe._target_: is required by the engine megatron_bridge"),
+        ({"modle": {}}, "modle: unknown key"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(Config, shipped("tiny", **change))
+
+
+def test_megatron_bridge_takes_keys_that_are_not_typed_here():
+    data = shipped("default", model={"a": 1}, train={"exit_interval": 5}, ddp={"b": {"c": 2}})
+    _, notes = validate(Config, data)
+    assert sorted(note.partition(":")[0] for note in notes) == ["ddp", "model", "train.exit_interval"]
+    assert all(note.endswith("passed to Megatron-Bridge") for note in notes)
+    with pytest.raises(ConfigError, match="run.enw: unknown key"):
+        validate(Config, {**data, "run": {"enw": {}}})
+    with pytest.raises(ConfigError, match="train.exit_interval: unknown key"):
+        validate(Config, {**data, "engine": "torch"})
+
+
+@pytest.mark.parametrize(
+    ("base", "data", "name", "message"),
+    [
+        ({}, {"pack_size": 4096}, "seq_length_mismatch", "512 is not the pack_size of the data, 4096"),
+        ({"tokenizer_digest": "b"}, {}, "tokenizer_mismatch", "another tokenizer than the base model"),
+        ({"model": {"num_layers": 0}}, {}, "target_not_found", "'linear_qkv' matches no module"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_by_name(base, data, name, message):
+    config, _ = validate(Config, shipped("tiny"))
+    problem = next(iter(config.check_inputs(artifacts(base, data))))
+    assert problem.name == name
+    assert message in str(problem)
+
+
+def test_inputs_that_fit_or_say_nothing_pass():
+    config, _ = validate(Config, shipped("tiny"))
+    assert not list(config.check_inputs(artifacts()))
+    silent = {key: Artifact(key, item.type, item.value, item.path) for key, item in artifacts().items()}
+    assert not list(config.check_inputs(silent))
+
+
+def test_a_place_with_another_run_is_refused_in_a_dry_run_already(tmp_path):
+    save = tmp_path / "lora"
+    config, _ = validate(Config, shipped("tiny", checkpoint={"save": str(save)}))
+    inputs = artifacts(tmp_path=tmp_path)
+    save.mkdir()
+    identity = config.plan(inputs).identity()
+    Record("checkpoint_lora", facts={"identity": json.loads(json.dumps(identity))}).write(save)
+    assert not list(config.check_inputs(inputs))
+    other, _ = validate(Config, shipped("tiny", checkpoint={"save": str(save)}, peft={"dim": 3}, rng={"seed": 5}))
+    problems = list(other.check_inputs(inputs))
+    assert {problem.where for problem in problems} == {"peft.dim", "rng.seed"}
+    assert {problem.name for problem in problems} == {"run_mismatch"}
+    (save / "artifact.json").unlink()
+    (save / "thesis.txt").write_text("mine")
+    assert "not made by steps" in str(next(iter(config.check_inputs(inputs))))
+
+
+def test_the_missing_package_is_named_only_where_it_is_needed():
+    pytest.importorskip("megatron.core")
+    default, _ = validate(Config, shipped("default"))
+    if schema.bridge_installed():
+        assert not list(default.launch_here())
+    else:
+        (problem,) = default.launch_here()
+        assert "megatron-bridge" in str(problem)
+        assert problem.name == "megatron_bridge_missing"
+    tiny, _ = validate(Config, shipped("tiny"))
+    assert not list(tiny.launch_here())
+    assert default.wants_torchrun()
+    assert not tiny.wants_torchrun()
+
+
+def test_checking_imports_no_torch():
+    code = (
+        "import sys; from steps.peft.megatron_bridge.schema import Config; from steps.config.validate import validate;"
+        "from steps.config import yaml12; from pathlib import Path;"
+        f"c, _ = validate(Config, yaml12.load(Path({str(FOLDER / 'config' / 'default.yaml')!r}))[0]);"
+        "list(c.launch_here()); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pyarrow')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
