@@ -113,14 +113,18 @@ def _rows(config: ModelConfig) -> Iterator[tuple[Row, str, dict[str, tuple[int, 
         yield row, row.megatron.format(layer), shapes
 
 
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of a model, in the order of computation."""
+    return {name: shape for _, _, shapes in _rows(config) for name, shape in shapes.items()}
+
+
 def to_megatron(config: ModelConfig, hf: LazyTensors, where: str = "the model") -> dict[str, LazyTensor]:
     """Megatron's parameters (per-layer names), in the order of computation, from Hugging Face's tensors.
 
     where: what is read, for the messages. Raises ArtifactError listing tensors that are missing, unknown or of a wrong
     shape.
     """
-    expected = {name: shape for _, _, shapes in _rows(config) for name, shape in shapes.items()}
-    _check(expected, hf, where)
+    _check(hf_shapes(config), hf, where)
     return {name: _joined(row, config, [hf[part] for part in shapes]) for row, name, shapes in _rows(config)}
 
 
