@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.models import save_hf
 
 from steps.config.peft import LoRA
 from steps.config.training import Optimizer
@@ -20,7 +21,6 @@ from steps.engine.checkpoint import hf, mapping
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.train.loss import cross_entropy_sum
 from steps.engine.train.optim import AdamW, Gradients, clip
-from support.models import save_hf
 
 peft = pytest.importorskip("peft")
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.packed import config, random_rows, write_base, write_packed
 
 from steps.artifacts.record import missing_files, read
 from steps.config import yaml12
 from steps.engine.checkpoint.megatron import Checkpoint
-from support.packed import config, random_rows, write_base, write_packed
 
 MODULE = "steps.peft.megatron_bridge.step"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.packed import SHAPE, random_decoder
 
 from steps.config.peft import METHODS, LoRA
 from steps.engine.adapters import base
 from steps.engine.adapters.targets import linear_names, select
 from steps.errors import ConfigError
-from support.packed import SHAPE, random_decoder
 
 IDS = torch.randint(SHAPE.vocab_size, (40,), generator=torch.Generator().manual_seed(0))
 BOUNDS = [0, 13, 40]
@@ -90,7 +90,8 @@ def test_the_gradient_of_the_in_place_product_is_autograds():
 def test_the_start_depends_on_seed_and_name_alone():
     full = adapted(LoRA(dim=4)).tensors()
     part = adapted(LoRA(dim=4, target_modules=["linear_fc2"])).tensors()
-    assert part and all(torch.equal(full[name], value) for name, value in part.items())
+    assert part
+    assert all(torch.equal(full[name], value) for name, value in part.items())
     other = adapted(LoRA(dim=4), seed=4).tensors()
     starts = {name: value for name, value in full.items() if name.endswith("linear_in.weight")}
     assert not any(torch.equal(other[name], value) for name, value in starts.items())

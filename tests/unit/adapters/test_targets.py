@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from support.packed import SHAPE
 
 from steps.engine.adapters.targets import linear_names, problems, select
 from steps.engine.model.decoder import Decoder
-from support.packed import SHAPE
 
 NAMES = linear_names(12)
 

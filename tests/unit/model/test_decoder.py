@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.packed import SHAPE, random_decoder
 
 from steps.engine.model.attention import BLOCK_ROWS, attend
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.pointwise import rms_norm, swiglu
-from support.packed import SHAPE, random_decoder
 
 VARIANTS = {
     "llama": SHAPE,

@@ -4,12 +4,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.packed import random_rows, write_packed
 
 from steps.engine.data import shards
 from steps.engine.data.batches import Order, collate, read, shares
 from steps.engine.data.shards import PackedSplit
 from steps.errors import ArtifactError
-from support.packed import random_rows, write_packed
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.packed import config, random_decoder, random_rows, write_base, write_packed
 
 from steps.artifacts.opening import open_artifact
 from steps.artifacts.record import Record, read
@@ -15,7 +16,6 @@ from steps.engine.progress import Silent
 from steps.engine.train.finetune import finetune
 from steps.errors import StepFailed, StepsError
 from steps.peft.megatron_bridge.schema import BASE, DATA, Config
-from support.packed import config, random_decoder, random_rows, write_base, write_packed
 
 
 class Recording(Silent):
@@ -65,7 +65,8 @@ def test_the_loss_falls_and_the_record_tells_the_run(root):
     assert (record.facts["loss_first"], record.facts["loss_last"]) == (losses[0], losses[-1])
     assert record.facts["valid_loss_last"] < record.facts["valid_loss_first"]
     assert record.facts["trainable_parameters"] == sum(tensor.numel() for tensor in adapter(root).values())
-    assert record.digest and record.files
+    assert record.digest
+    assert record.files
     assert (record.facts["method"], record.facts["dim"], record.facts["alpha"]) == ("lora", 4, 8)
     assert record.facts["base_fingerprint"] == "base"
 
