@@ -115,7 +115,6 @@ def pack_conversations(
     if not report["splits"]["train"]["packs"] and settings.ratios[0] > 0:
         raise StepFailed(
             f"no conversation of {account.kept} fell into the train split",
-            hint="Give more data, a larger train_ratio or another seed.",
             name="empty_train_split",
         )
     write_text(out / REPORT, json.dumps(report, indent=2) + "\n")
@@ -240,7 +239,7 @@ def _advice(account: reporting.Account) -> str:
         "answers_rewritten": "Give a chat_template that marks the answers with {% generation %} … {% endgeneration %}.",
         "messages_missing": "Set messages_field to the field that holds the conversation.",
         "": "The input holds no rows.",
-    }.get(most, "Repair the data, or raise max_drop_ratio if the loss is acceptable.")
+    }.get(most, "")
 
 
 def _write(

@@ -134,8 +134,7 @@ class ChunkTokenizer:
         if overlong and settings.overlong == "error":
             where = f"{self._names[chunk.file]}:{entry.line}"
             what = f"{where}: the conversation has {len(ids):,} tokens, pack_size takes {limit:,}"
-            hint = "Raise pack_size, or set overlong to drop or truncate."
-            raise StepFailed(what, hint=hint, name="overlong_conversation")
+            raise StepFailed(what, name="overlong_conversation")
         if overlong and settings.overlong == "drop":
             _drop(result, "overlong", entry.line)
             return None, 0
