@@ -57,7 +57,7 @@ def test_default_is_the_documented_run():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": {"tensor_model_parallel_size": 8}}, "tensor_model_parallel_size: 8 needs the engine megatron_bridge"),
+        ({"recipe": {"tensor_model_parallel_size": 8}}, "model_parallel_size: 8 needs the engine megatron_bridge"),
         ({"recipe": {"context_parallel_size": 2}}, "recipe.context_parallel_size: 2 needs the engine"),
         ({"scheduler": {"lr_warmup_iters": 20}}, r"scheduler.lr_warmup_iters: 20 leaves .* below train_iters \(20\)"),
         ({"scheduler": {"lr_warmup_iters": 9, "lr_decay_iters": 5}}, r"below lr_decay_iters \(5\)"),
