@@ -13,6 +13,7 @@ from support.models import save_hf
 
 from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.gguf import _PER_LAYER, open_gguf
+from steps.engine.checkpoint.gguf_header import read_header
 from steps.engine.checkpoint.hf import open_source
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.errors import ArtifactError
@@ -25,6 +26,22 @@ def smollm2() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("extra demo")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_the_header_is_read_as_the_library_reads_it():
+    header, reader = read_header(smollm2()), gguf.GGUFReader(smollm2())
+    expected = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert header.metadata == expected
+    assert {name: (t.shape, t.type, t.offset, t.nbytes, t.byte_shape) for name, t in header.tensors.items()} == {
+        tensor.name: (
+            tuple(int(size) for size in reversed(tensor.shape)),
+            tensor.tensor_type,
+            tensor.data_offset,
+            tensor.n_bytes,
+            tensor.data.view(np.uint8).shape,
+        )
+        for tensor in reader.tensors
+    }
 
 
 def decoder_of(source):
@@ -193,7 +210,7 @@ def test_unknown_architectures_and_damaged_files_are_told(tmp_path):
     with pytest.raises(ArtifactError, match=r"'gemma' is not supported\. Allowed: llama, qwen2, qwen3"):
         open_gguf(write_gguf(tmp_path / "gemma.gguf", source, "gemma"))
     path = write_gguf(tmp_path / "model.gguf", source, "llama")
-    for keep in (10, 600, path.stat().st_size - 100):
+    for keep in (0, 3, 10, 60, 600, 1500, path.stat().st_size - 100):
         broken = tmp_path / "broken.gguf"
         broken.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(ArtifactError, match=r"broken\.gguf is damaged"):

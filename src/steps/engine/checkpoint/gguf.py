@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steps.engine.checkpoint import hf_config
-from steps.engine.checkpoint.dcp import damaged
+from steps.engine.checkpoint.gguf_header import StoredTensor, read_header
 from steps.engine.checkpoint.hf import Source
 from steps.engine.checkpoint.lazy import LazyTensor
 from steps.errors import ArtifactError, Problem
@@ -49,20 +48,10 @@ _ROPE_FREQS = "rope_freqs.weight"
 _LLAMA3 = ((1.0, 4.0, 8192),)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies in the file. shape: [rows, columns] as torch has it (GGUF counts from the other end)."""
-
-    shape: tuple[int, ...]
-    type: Any
-    offset: int
-    nbytes: int
-    byte_shape: tuple[int, ...]
-
-
 def open_gguf(path: Path) -> Source:
     """Open a .gguf file; its metadata become a config.json. Raises ArtifactError for what is not supported."""
-    fields, stored = _read(path)
+    header = read_header(path)
+    fields, stored = header.metadata, header.tensors
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         what, allowed = f"the architecture {arch!r} is not supported", ", ".join(ARCHITECTURES)
@@ -83,33 +72,6 @@ def open_gguf(path: Path) -> Source:
     return Source(path, config, tensors, files)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        # The tokenizer's long lists are of no use here.
-        fields = {
-            name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")
-        }
-        stored = {
-            tensor.name: _Stored(
-                tuple(int(size) for size in reversed(tensor.shape)),
-                tensor.tensor_type,
-                int(tensor.data_offset),
-                int(tensor.n_bytes),
-                tuple(tensor.data.shape),
-            )
-            for tensor in reader.tensors
-        }
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise damaged(path, error) from error
-    end = max((entry.offset + entry.nbytes for entry in stored.values()), default=0)
-    if not stored or path.stat().st_size < end:
-        raise damaged(path, ValueError(f"{path.stat().st_size} bytes, the header promises {end}"))
-    return fields, stored
-
-
 def _hf_name(name: str) -> str:
     """`blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`; an unknown name stays, to be refused later."""
     if name in _GLOBAL:
@@ -122,7 +84,7 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _loader(path: Path, entry: _Stored, heads: int) -> Any:
+def _loader(path: Path, entry: StoredTensor, heads: int) -> Any:
     def load() -> Tensor:
         from gguf import dequantize
 
@@ -136,7 +98,7 @@ def _loader(path: Path, entry: _Stored, heads: int) -> Any:
     return load
 
 
-def _typed(data: np.ndarray[Any, Any], entry: _Stored) -> np.ndarray[Any, Any]:
+def _typed(data: np.ndarray[Any, Any], entry: StoredTensor) -> np.ndarray[Any, Any]:
     plain = {"F32": np.float32, "F16": np.float16}.get(entry.type.name)
     return data.view(plain).reshape(entry.shape) if plain else data.reshape(entry.byte_shape)
 
@@ -148,7 +110,9 @@ def _deinterleave(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, A
     return turned
 
 
-def _config_json(path: Path, arch: str, fields: Mapping[str, Any], stored: Mapping[str, _Stored]) -> dict[str, Any]:
+def _config_json(
+    path: Path, arch: str, fields: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> dict[str, Any]:
     def get(key: str, default: Any = None) -> Any:
         return fields.get(f"{arch}.{key}", default)
 
@@ -210,7 +174,7 @@ def _refuse_variants(path: Path, arch: str, fields: Mapping[str, Any], head_dim:
         raise ArtifactError(problems)
 
 
-def _rope_scaling(path: Path, stored: Mapping[str, _Stored], head_dim: int, base: float) -> dict[str, Any] | None:
+def _rope_scaling(path: Path, stored: Mapping[str, StoredTensor], head_dim: int, base: float) -> dict[str, Any] | None:
     """Llama-3 scaling, which GGUF keeps as the divisor of each frequency: the setting that gives those divisors."""
     if _ROPE_FREQS not in stored:
         return None

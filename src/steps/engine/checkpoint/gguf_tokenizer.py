@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from steps.engine.checkpoint.gguf_header import read_header
 from steps.errors import ArtifactError, Problem
 
 # tokenizer.ggml.token_type
@@ -72,7 +72,10 @@ class GgufTokenizer:
 
 def read_gguf_tokenizer(path: Path) -> GgufTokenizer:
     """Build the tokenizer of a .gguf file. Raises ArtifactError when it has none, or one of another kind."""
-    fields = _fields(path)
+    try:
+        fields = read_header(path).metadata
+    except ArtifactError as error:
+        raise _refuse(path, f"cannot be read as GGUF: {error}") from error
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind is None:
         raise _refuse(path, "holds no tokenizer")
@@ -139,21 +142,6 @@ def _added(tokens: Sequence[str], token_types: Sequence[int], kind: int) -> list
         for token, type in zip(tokens, token_types, strict=True)
         if type == kind
     ]
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        wanted = ("tokenizer.", "general.architecture")
-        return {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if name.startswith(wanted) or name.endswith(".context_length")
-        }
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise _refuse(path, f"cannot be read as GGUF: {error}") from error
 
 
 def _refuse(path: Path, what: str, allowed: str = "") -> ArtifactError:
