@@ -224,6 +224,16 @@ def test_an_unfinished_adapter_is_merged_with_a_warning(chain):
     assert "warning: half is unfinished: training stopped at iteration 7" in done.stdout
 
 
+def test_an_earlier_iteration_can_be_merged_and_its_base_is_checked_all_the_same(chain):
+    done = merge(chain, lora_checkpoint="lora/iter_0000007")
+    assert done.returncode == 0, done.stderr
+    assert "taken on trust" not in done.stdout
+    save_hf(chain / "other", "qwen2", seed=9)
+    done = merge(chain, lora_checkpoint="lora/iter_0000007", base_megatron_path=None, base_hf_path="other")
+    assert done.returncode == 4
+    assert "[base_model_mismatch]" in done.stderr
+
+
 def test_an_adapter_of_another_chat_template_is_merged_with_a_warning(chain):
     save_adapter(chain / "lora2", chain / "base", chat_template_digest="0" * 64)
     done = merge(chain, lora_checkpoint="lora2")

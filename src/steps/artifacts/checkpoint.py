@@ -23,6 +23,11 @@ def iteration_dir(path: Path, iteration: int | None = None) -> Path | None:
     return folder if (folder / ".metadata").is_file() else None
 
 
+def home(path: Path) -> Path:
+    """The artifact's directory, where the record is, for a path to it or to one of its `iter_NNNNNNN` folders."""
+    return path.parent if path.name.startswith("iter_") and (path / ".metadata").is_file() else path
+
+
 def check_megatron(path: Path) -> str:
     """What is wrong with a checkpoint_megatron, '' when nothing is."""
     folder = iteration_dir(path)

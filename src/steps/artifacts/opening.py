@@ -55,13 +55,14 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
     if not paths or not paths[0].exists():
         raise _error(key, f"there is no {type} at {value}", f"missing_{type}")
     root = packed_parquet.root(path) if type == "packed_parquet" else path
-    record = read(root) if root.is_dir() else None
+    home = checkpoint.home(root)
+    record = read(home) if home.is_dir() else None
     if record is not None and not graph.is_a(record.type, type):
         route = graph.route(record.type, type)
         hint = f"`steps run {route[0]}` makes a {type} of it." if route else ""
         raise _error(key, f"{value} is a {record.type}, not a {type}", "wrong_type", hint)
     if record is not None:
-        if gone := missing_files(root, record):
+        if gone := missing_files(home, record):
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
             raise _error(key, f"{value} is damaged: {gone[0]}{more} is missing or has changed", "damaged_artifact")
         return Artifact(key, type, value, root, record, facts=record.facts)
