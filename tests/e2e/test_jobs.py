@@ -134,8 +134,10 @@ def test_secrets_never_reach_the_disk_or_the_screen(tmp_path):
 
 @pytest.fixture
 def endless(tmp_path):
-    """A running step that would take very long: packing from a pipe that nobody fills."""
-    os.mkfifo(tmp_path / "chats.jsonl")
+    """A running step that would take a minute: packing 80 MB of conversations."""
+    words = " ".join(f"word{number}" for number in range(150))
+    row = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": words}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(row) + "\n") * 30_000)
     child = subprocess.Popen(
         [
             sys.executable,
@@ -190,9 +192,11 @@ def test_a_killed_step_is_a_failure_that_says_so(endless):
 
 
 def test_bars_on_a_terminal_and_plain_lines_elsewhere(tmp_path):
+    packing = ["run", "data_prep/sft_packing", "-c", "tiny"]
+    assert steps(*STEP, cwd=tmp_path).returncode == 0
     master, slave = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-m", "steps", *STEP], cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave,
+        [sys.executable, "-m", "steps", *packing], cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
     )  # fmt: skip
     os.close(slave)
@@ -209,5 +213,5 @@ def test_bars_on_a_terminal_and_plain_lines_elsewhere(tmp_path):
     os.close(master)
     assert b"\x1b[" in screen
     assert "━" in screen.decode(), "a bar was drawn"
-    assert b"\x1b[" not in (jobs(tmp_path)[0] / "log").read_bytes()
-    assert "━" not in steps(*STEP, cwd=tmp_path).stdout
+    assert b"\x1b[" not in (jobs(tmp_path)[-1] / "log").read_bytes()
+    assert "━" not in steps(*packing, "force=true", cwd=tmp_path).stdout

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     from steps.artifacts.opening import Artifact
@@ -22,6 +22,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, defer_build=True, protected_namespaces=())
 
 
+def _as_text(value: Any) -> Any:
+    """true, 8 and 0.5 as a shell would have them: an environment holds only text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
+
+
+EnvVar = Annotated[str, BeforeValidator(_as_text)]
+
+
 class RunEnv(Section):
     """Where and how the job runs; a profile fills it, `run.env.KEY=…` overrides it. Fields of one executor are checked
     by that executor."""
@@ -32,7 +42,7 @@ class RunEnv(Section):
     nprocs_per_node: int | None = Field(
         None, ge=1, description="Processes that torchrun starts on each node (default: gpus_per_node, or 1)"
     )
-    env_vars: dict[str, str] = Field(default_factory=dict, description="Environment variables of the job")
+    env_vars: dict[str, EnvVar] = Field(default_factory=dict, description="Environment variables of the job")
     mounts: list[str] = Field(default_factory=list, description="host:container mounts")
 
 

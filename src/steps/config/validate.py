@@ -86,7 +86,11 @@ def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def source_of(key: str, sources: Mapping[str, str]) -> str:
-    """Where a key came from: its own source, or that of the section it lies in."""
+    """Where a key came from: its own source, that of a key inside it, or that of the section it lies in."""
+    if key not in sources:
+        inside = next((source for name, source in sources.items() if name.startswith(f"{key}.")), "")
+        if inside:
+            return inside
     while key:
         if key in sources:
             return sources[key]

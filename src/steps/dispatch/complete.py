@@ -20,9 +20,14 @@ def configs(ctx: Any, incomplete: str) -> list[str]:
     from steps.dispatch import catalog
 
     try:
-        return [name for name in catalog.configs(catalog.find(ctx.params["step"])) if name.startswith(incomplete)]
-    except (StepsError, KeyError):
+        return [name for name in catalog.configs(catalog.find(_step(ctx))) if name.startswith(incomplete)]
+    except StepsError:
         return []
+
+
+def _step(ctx: Any) -> str:
+    """The step on the line. Behind an option that waits for its value, positional words are not assigned yet."""
+    return ctx.params.get("step") or next(iter(ctx.args), "")
 
 
 def overrides(ctx: Any, incomplete: str) -> list[str]:
@@ -31,8 +36,8 @@ def overrides(ctx: Any, incomplete: str) -> list[str]:
     from steps.dispatch.parameters import parameters
 
     try:
-        rows = parameters(catalog.find(ctx.params["step"]))
-    except (StepsError, KeyError):
+        rows = parameters(catalog.find(_step(ctx)))
+    except StepsError:
         return []
     sign = incomplete[:1] if incomplete[:1] in "+~" else ""
     key, equals, start = incomplete[len(sign) :].partition("=")

@@ -15,6 +15,7 @@ from typing import Any
 
 from steps.artifacts.record import write_text
 from steps.config import yaml12
+from steps.config.base import RunEnv
 from steps.manifest import Manifest
 
 JOBS = Path(".steps") / "jobs"
@@ -70,6 +71,7 @@ class JobSpec:
 def new_spec(
     step: Manifest,
     config: Mapping[str, Any],
+    environment: RunEnv,
     *,
     sources: Mapping[str, str],
     config_name: str,
@@ -80,10 +82,8 @@ def new_spec(
     debug: bool,
 ) -> JobSpec:
     """A job that is not on disk yet."""
-    environment = config.get("run", {}).get("env", {})
-    variables = {name: str(value) for name, value in environment.get("env_vars", {}).items()}
-    nprocs = environment.get("nprocs_per_node") or environment.get("gpus_per_node") or 1
-    nodes = environment.get("nodes") or 1
+    variables = environment.env_vars
+    nprocs, nodes = environment.nprocs_per_node or environment.gpus_per_node or 1, environment.nodes or 1
     masked = json.loads(json.dumps(config))
     for name in masked.get("run", {}).get("env", {}).get("env_vars", {}):
         if is_secret(name):

@@ -59,7 +59,7 @@ def prepare(
     config, notes = typed(step, composed)
     findings = preflight.check(step, config, composed.sources)
     spec = new_spec(
-        step, composed.data, sources=composed.sources, config_name=config_name, profile=chosen.name,
+        step, composed.data, config.run.env, sources=composed.sources, config_name=config_name, profile=chosen.name,
         executor=chosen.executor, torchrun=config.wants_torchrun(), passthrough=passthrough, debug=debug,
     )  # fmt: skip
     problems = [*findings.problems, *executor.check(config)]

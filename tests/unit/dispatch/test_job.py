@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.steps import fake_step
 
+from steps.config.base import RunEnv
 from steps.dispatch import executors
 from steps.dispatch.executors.local import script
 from steps.dispatch.job import MASK, JobSpec, create, is_secret, new_spec
@@ -45,7 +46,8 @@ def spec(tmp_path: Path, launch: str = "torchrun", **environment) -> JobSpec:
     step = replace(step, run=replace(step.run, launch=launch))
     config = {"a": 1, "run": {"env": environment}}
     return new_spec(
-        step, config, sources={}, config_name="default", profile="local", executor="local", torchrun=False,
+        step, config, RunEnv.model_validate(environment), sources={}, config_name="default", profile="local",
+        executor="local", torchrun=False,
         passthrough=(), debug=False,
     )  # fmt: skip
 

@@ -119,8 +119,11 @@ def _reason(code: int, stopped: bool) -> str:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask the whole process group to end, and insist after a while."""
-    for number, seconds in ((signal.SIGINT, _GRACE_SECONDS), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    """Ask the whole process group to end, and insist after a while.
+
+    SIGTERM, not SIGINT: before the step has its handlers in place, the one ends it quietly, the other with a traceback.
+    """
+    for number, seconds in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(child.pid, number)
             child.wait(seconds)
