@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steps.engine.checkpoint.dcp import damaged
+from steps.errors import ArtifactError
 
 # Metadata value types by their number; 8 is text, 9 a list.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -52,7 +52,9 @@ def read_header(path: Path) -> Header:
         if size < end:
             raise ValueError(f"it has {size} bytes, its header promises {end}")
     except (OSError, ValueError, KeyError, struct.error) as error:
-        raise damaged(path, error) from error
+        # Told here and not through `dcp`, which imports torch: a tokenizer alone must not cost that.
+        detail = str(error).partition("\n")[0] or type(error).__name__
+        raise ArtifactError(f"{path} is damaged: {detail}", hint="Fetch it again.", name="damaged_artifact") from error
     return header
 
 

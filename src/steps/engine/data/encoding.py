@@ -76,9 +76,12 @@ class Encoder:
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The tokenizer without its added tokens: `<|im_end|>` is five characters of text to it."""
-        description = json.loads(self._tokenizer.backend.to_str())
-        description["added_tokens"], description["post_processor"] = [], None
-        return tokenizers.Tokenizer.from_str(json.dumps(description))
+        return _stripped(self._tokenizer.backend, "added_tokens")
+
+    @cached_property
+    def _exact(self) -> tokenizers.Tokenizer:
+        """The tokenizer with character positions as they are: a post-processor may leave blanks out of them."""
+        return _stripped(self._tokenizer.backend)
 
     def render(self, conversation: Conversation) -> Row:
         """The conversation as text, with what is trained and what must stay text. Raises DroppedError."""
@@ -181,7 +184,7 @@ class Encoder:
     def _encode_whole(self, rows: Sequence[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Whole texts; a token is trained when any of its characters is."""
         simple = [row.text for row in rows if not row.literals]
-        encoded = iter(self._tokenizer.backend.encode_batch(simple, add_special_tokens=False))
+        encoded = iter(self._exact.encode_batch(simple, add_special_tokens=False))
         return [self._encode_around(row) if row.literals else _located(next(encoded), row.spans) for row in rows]
 
     def _encode_around(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
@@ -190,12 +193,11 @@ class Encoder:
         trained: list[bool] = []
         position = 0
         for piece in row.pieces(at_spans=False):
-            backend = self._plain if piece.literal else self._tokenizer.backend
             if piece.literal:
                 part = self._literal(piece.text, "\n")
                 flags = [any(s <= position < e for s, e in row.spans)] * len(part)
             elif position == 0:
-                located = _located(backend.encode(piece.text, add_special_tokens=False), row.spans)
+                located = _located(self._exact.encode(piece.text, add_special_tokens=False), row.spans)
                 part, flags = located[0].tolist(), located[1].tolist()
             else:
                 part, flags = self._located_after("\n", piece.text, position, row.spans)
@@ -213,13 +215,19 @@ class Encoder:
         return list(ids[len(before) :])
 
     def _located_after(self, lead: str, text: str, position: int, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        backend = self._tokenizer.backend
+        backend = self._exact
         before = backend.encode(lead, add_special_tokens=False).ids
         encoding = backend.encode(lead + text, add_special_tokens=False)
         shift = position - len(lead)
         ids, trained = _located(encoding, [(start - shift, end - shift) for start, end in spans])
         cut = len(before) if encoding.ids[: len(before)] == before else 0
         return ids[cut:].tolist(), trained[cut:].tolist()
+
+
+def _stripped(backend: tokenizers.Tokenizer, *lists: str) -> tokenizers.Tokenizer:
+    """A copy without its post-processor, and with the named lists empty."""
+    description = {**json.loads(backend.to_str()), "post_processor": None, **{name: [] for name in lists}}
+    return tokenizers.Tokenizer.from_str(json.dumps(description))
 
 
 def _located(encoding: Any, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
@@ -246,10 +254,11 @@ _NEAR_CUT = 4
 
 def segments_fit(tokenizer: Tokenizer, rows: Sequence[Row]) -> bool:
     """Whether tokenizing `rows` in segments gives the whole text's tokens, but for those next to a cut."""
+    exact = _stripped(tokenizer.backend)
     for row in rows:
         if row.literals:
             continue
-        whole = tokenizer.backend.encode(row.text, add_special_tokens=False)
+        whole = exact.encode(row.text, add_special_tokens=False)
         starts, ends = zip(*whole.offsets, strict=True) if whole.offsets else ((), ())
         position, ids = 0, []
         for piece in row.pieces():
