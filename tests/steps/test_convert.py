@@ -59,7 +59,7 @@ def test_there_and_back_with_tokenizer_record_and_summary(source, tmp_path):
     assert recorded["parameters"] == sum(tensor.numel() for tensor in original.values())
     assert recorded["model"]["num_layers"] == 3
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["base_fingerprint"] == recorded["base_fingerprint"]
+    assert summary["fingerprint"] == recorded["base_fingerprint"]
     assert summary["bytes"] == 2 * recorded["parameters"]
     loaded, first = (PreTrainedTokenizerFast.from_pretrained(tmp_path / name) for name in ("back", "source"))
     message = [{"role": "user", "content": "w5 w6"}]

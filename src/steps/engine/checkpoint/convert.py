@@ -44,7 +44,7 @@ class Converted:
             "dtype": self.config.params_dtype,
             "parameters": self.parameters,
             "bytes": self.nbytes,
-            "base_fingerprint": self.fingerprint,
+            "fingerprint": self.fingerprint,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ class Fingerprint:
     def __init__(self) -> None:
         self._lines: dict[str, str] = {}
         self._names: set[str] = set()
+        # Hashing releases the interpreter: one tensor is hashed while the next is read and written.
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._hashing: tuple[str, Future[str]] | None = None
 
     def watch(self, tensors: LazyTensors) -> dict[str, LazyTensor]:
         """The same tensors under the same (Hugging Face) names, hashed whenever one is loaded."""
@@ -33,13 +37,21 @@ class Fingerprint:
     def _watched(self, name: str, source: LazyTensor) -> LazyTensor:
         def load() -> Tensor:
             tensor = source.load()
-            self._lines[name] = line(name, tensor)
+            self._settle()  # one at a time, so that at most one tensor more is held
+            self._hashing = name, self._worker.submit(line, name, tensor)
             return tensor
 
         return LazyTensor(source.shape, source.dtype, load)
 
+    def _settle(self) -> None:
+        if self._hashing is not None:
+            name, future = self._hashing
+            self._lines[name] = future.result()
+            self._hashing = None
+
     def digest(self) -> str:
         """The fingerprint, once every watched tensor has been loaded."""
+        self._settle()
         assert self._names == set(self._lines), f"not loaded: {sorted(self._names - set(self._lines))[:3]}"
         return hashlib.sha256("".join(self._lines[name] for name in sorted(self._lines)).encode()).hexdigest()
 
