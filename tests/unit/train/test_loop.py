@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.packed import config, random_decoder, random_rows, write_base, write_packed
+from support.packed import SHAPE, config, random_decoder, random_rows, write_base, write_packed
 
 from steps.artifacts.opening import open_artifact
 from steps.artifacts.record import Record, read
@@ -146,6 +146,20 @@ def test_adapters_on_some_layers_only(root):
     assert set(adapter(root)) == {f"{linear}linear_in.weight", f"{linear}linear_out.weight"}
     key = "decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight"
     assert Checkpoint.open(root / "lora").shape(key) == (2, 4, 32)
+
+
+def test_the_checkpoint_tells_how_to_merge_it_and_megatron_bridge_how_to_build_it(root):
+    from steps.engine.adapters import base
+    from steps.engine.checkpoint import merge
+
+    train(root, peft={"lora_dtype": "float32", "dropout": 0.1}, train={"train_iters": 3})
+    section = Checkpoint.open(root / "lora").run_config["peft"]
+    assert section["_target_"] == "megatron.bridge.peft.lora.LoRA"
+    assert section["lora_dtype"] == {"_target_": "torch.float32", "_call_": False}
+    assert "type" not in section
+    read_back = base.create(merge.open_adapter(root / "lora").section, SHAPE).section
+    assert (read_back.type, read_back.dim, read_back.alpha, read_back.dropout) == ("lora", 4, 8, 0.1)
+    assert read_back.lora_dtype == "float32"
 
 
 def test_bfloat16_follows_float32(root):

@@ -59,6 +59,8 @@ class Method(ABC, Generic[S]):
     """One adapter method with its settings, for one model shape. Stateless: what is trained lives in the modules."""
 
     type: ClassVar[str]
+    #: Megatron-Bridge's class of the same method, with the same fields as the section; '' where it has none.
+    bridge_class: ClassVar[str] = ""
 
     def __init__(self, section: S, model: ModelConfig) -> None:
         self.section, self.model = section, model

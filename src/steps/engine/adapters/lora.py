@@ -76,6 +76,8 @@ def low_rank(base: Tensor | None, x: Tensor, a: Tensor, b: Tensor, scale: float)
 class LoRAMethod(Method[LoRA]):
     """The method as such; see the module."""
 
+    bridge_class = "megatron.bridge.peft.lora.LoRA"
+
     @property
     def scale(self) -> float:
         """alpha / dim."""

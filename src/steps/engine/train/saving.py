@@ -15,7 +15,7 @@ from typing import Any
 from steps.artifacts import record as records
 from steps.artifacts.checkpoint import iteration_dir
 from steps.artifacts.record import Record
-from steps.engine.adapters.base import Adapters
+from steps.engine.adapters.base import Adapters, Method
 from steps.engine.checkpoint import megatron
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan, differences
@@ -140,7 +140,7 @@ class Saver:
             directory,
             adapters.tensors(),
             num_layers=adapters.decoder.config.num_layers,
-            run_config=self._run_config(),
+            run_config=self._run_config(adapters.method),
             iteration=position.iteration,
             consumed_samples=position.consumed_samples,
             training_state={
@@ -173,14 +173,28 @@ class Saver:
             "finished": finished, **position.history, **self.counts, "identity": self.plan.identity(),
         }  # fmt: skip
 
-    def _run_config(self) -> dict[str, Any]:
+    def _run_config(self, method: Method[Any]) -> dict[str, Any]:
         base = self.base.run_config
         checkpoint: Mapping[str, Any] = base.get("checkpoint") or {}
         return {
             **base,
-            "peft": self.plan.peft.model_dump(),
+            "peft": _peft_section(method),
             "checkpoint": {**checkpoint, "pretrained_checkpoint": str(self.plan.base_dir.resolve())},
         }
+
+
+def _peft_section(method: Method[Any]) -> dict[str, Any]:
+    """The method's settings as Megatron-Bridge writes them where it knows the method, as ours otherwise."""
+    section: dict[str, Any] = method.section.model_dump()
+    if not method.bridge_class:
+        return section
+    del section["type"]
+    dtypes = {
+        name: {"_target_": f"torch.{value}", "_call_": False}
+        for name, value in section.items()
+        if name.endswith("_dtype") and value is not None
+    }
+    return {"_target_": method.bridge_class, **section, **dtypes}
 
 
 def _beside(path: Path) -> Path:
