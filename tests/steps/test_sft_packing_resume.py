@@ -172,3 +172,33 @@ def test_a_second_run_beside_the_first_is_refused(tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from steps.engine.data import blend, reading, sft
+from steps.engine.data.tokenizer import Tokenizer
+from steps.engine.data.tokenizing import Settings
+from steps.engine.progress import SILENT
+out = Path("out")
+out.mkdir()
+files = reading.examine(blend.resolve("chat.jsonl"))
+plan = sft.Plan(Tokenizer.load("tokenizer"), files, Settings(pack_size=2048))
+report = sft.pack_conversations(out, plan, SILENT)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, report["splits"]["train"]["tokens"])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    peaks, sizes = [], []
+    for number in (3_000, 30_000):
+        cwd = tmp_path / str(number)
+        cwd.mkdir()
+        configure(cwd, ({"messages": say("a lazy dog " * 60, "the quick brown fox " * 40)} for _ in range(number)))
+        sizes.append((cwd / "chat.jsonl").stat().st_size / 2**20)
+        done = subprocess.run([sys.executable, "-c", MEASURE], cwd=cwd, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[0]))
+    assert sizes[1] - sizes[0] > 35
+    assert peaks[1] - peaks[0] < 20, (peaks, sizes)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -171,7 +171,7 @@ class Encoder:
         for row in pieces:
             ids = [self._literal(piece.text) if piece.literal else next(encoded).ids for piece in row]
             trained = np.repeat([piece.trained for piece in row], [len(part) for part in ids])
-            results.append((np.fromiter((id for part in ids for id in part), np.int32), trained.astype(bool)))
+            results.append((np.fromiter(chain.from_iterable(ids), np.int32), trained.astype(bool)))
         return results
 
     def _literal(self, text: str, lead: str = "") -> list[int]:

@@ -84,8 +84,7 @@ def _table(members: list[np.ndarray], documents: Documents, spool: Spool) -> pa.
 
 def _tokens(rows: np.ndarray, documents: Documents, spool: Spool) -> Iterator[np.ndarray]:
     for row in rows.tolist():
-        offset = int(documents.offsets[row])
-        yield spool.tokens(int(documents.chunks[row]))[offset : offset + int(documents.lengths[row])]
+        yield spool.tokens(int(documents.chunks[row]), int(documents.offsets[row]), int(documents.lengths[row]))
 
 
 def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.ListArray:

@@ -1,7 +1,7 @@
 """Chat data to packed rows: read, tokenize, split, pack, write. The whole of data_prep/sft_packing, without a CLI.
 
     out/.work/plan.json        what this run makes, by digest; work of another plan is thrown away
-    out/.work/chunk-*.np[yz]   tokenized chunks (see spool)
+    out/.work/chunk-*          tokenized chunks (see spool)
     out/splits/…               the packs
     out/report.json            every row accounted for; written last, so a plan that it names is complete
 

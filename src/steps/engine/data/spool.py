@@ -49,14 +49,15 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.tokens = lru_cache(maxsize=256)(self._tokens)
+        # Read, not mapped: mapped pages count as this process's memory, and there is more of them than memory.
+        self._open = lru_cache(maxsize=256)(lambda index: self._path(index, "u32").open("rb"))
 
     def __contains__(self, index: int) -> bool:
         return self._path(index, "npz").is_file()
 
     def write(self, index: int, result: ChunkResult) -> None:
         """Keep a chunk's result."""
-        write_whole(self._path(index, "npy"), lambda file: np.save(file, result.tokens))
+        write_whole(self._path(index, "u32"), lambda file: file.write(result.tokens.astype("<u4").tobytes()))
         counts = json.dumps({name: getattr(result, name) for name in _COUNTS})
         arrays = {name: getattr(result, name) for name in _ARRAYS}
         write_whole(self._path(index, "npz"), lambda file: np.savez(file, counts=np.asarray(counts), **arrays))
@@ -67,9 +68,9 @@ class Spool:
             arrays = {name: stored[name] for name in _ARRAYS}
             return ChunkResult(**arrays, **json.loads(str(stored["counts"])))
 
-    def _tokens(self, index: int) -> np.ndarray:
-        array: np.ndarray = np.load(self._path(index, "npy"), mmap_mode="r")
-        return array
+    def tokens(self, index: int, offset: int, length: int) -> np.ndarray:
+        """`length` tokens of a chunk from `offset` on."""
+        return np.frombuffer(os.pread(self._open(index).fileno(), 4 * length, 4 * offset), "<u4")
 
     def _path(self, index: int, suffix: str) -> Path:
         return self.directory / f"chunk-{index:07d}.{suffix}"
