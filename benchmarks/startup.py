@@ -14,14 +14,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 IMPORTS = [sys.executable, "-c", "import typer, pydantic, omegaconf, rich.table"]
-STEPS = [sys.executable, "-m", "steps"]
+STEPS = [str(Path(sys.executable).parent / "steps")]
 COMMANDS = {
     "list": (["list"], 1.0),
     "show": (["show", "peft/megatron_bridge"], 1.0),
-    "dry-run": (["run", "convert/merge_lora", "-c", "tiny", "--upstream", "-d"], 1.5),
-    "dry-run, one step": (["run", "data_prep/demo_chat", "-c", "tiny", "-d"], 1.5),
+    "dry-run": (["run", "data_prep/demo_chat", "-c", "tiny", "-d"], 1.5),
+    "dry-run, 5 steps": (["run", "convert/merge_lora", "-c", "tiny", "--upstream", "-d"], 1.5),
 }
 
 

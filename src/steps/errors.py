@@ -58,6 +58,7 @@ class StepsError(Exception):
     exit_code = 1
 
     def __init__(self, problems: str | Problem | Iterable[Problem], *, hint: str = "", name: str = "") -> None:
+        assert isinstance(problems, str) or not (hint or name), "a Problem has its own hint and name"
         if isinstance(problems, str):
             problems = Problem(where="", what=problems, hint=hint, name=name)
         self.problems: Sequence[Problem] = (problems,) if isinstance(problems, Problem) else tuple(problems)

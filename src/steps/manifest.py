@@ -98,9 +98,14 @@ class Manifest:
     def explain(self, problem: Problem) -> Problem:
         """The problem, reported under its manifest name with cause and recovery, where the manifest knows it."""
         known = next((error for error in self.errors if error.name == problem.name), None)
-        if known is None or known.recovery in problem.hint:
+        if known is None or f"[{known.name}]" in problem.hint:
             return problem
-        return replace(problem, hint=f"{problem.hint} [{known.name}] {known.cause} {known.recovery}".strip())
+        parts = [
+            problem.hint,
+            f"[{known.name}]",
+            *(text for text in (known.cause, known.recovery) if text not in problem.hint),
+        ]
+        return replace(problem, hint=" ".join(filter(None, parts)))
 
 
 _TABLES: Mapping[str, type] = {
@@ -121,7 +126,7 @@ def read(folder: Path, root: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise StepsError(f"{path}: {error}") from error
     step = dict(data.pop("step", {}))
-    tables = {
+    tables: dict[str, Any] = {
         name: tuple(_row(kind, row, f"{path}: [[{name}]]") for row in data.pop(name, ()))
         for name, kind in _TABLES.items()
     }

@@ -32,7 +32,7 @@ def bridge_python() -> str | None:
         here = importlib.util.find_spec("megatron.bridge") is not None
     except ModuleNotFoundError:
         here = False
-    return sys.executable if here else os.environ.get("STEPS_BRIDGE_PYTHON")
+    return sys.executable if here else os.environ.get("STEPS_BRIDGE_PYTHON") or None
 
 
 PYTHON = bridge_python()

@@ -133,15 +133,21 @@ def lock(path: Path) -> Iterator[None]:
     """Hold `path`'s place alone: a second writer of the same artifact fails at once, nothing mixes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock_path = path.parent / f".{path.name}.lock"
-    with lock_path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StepFailed(
-                f"another run is writing {path} at this moment", hint="Wait for it, or write somewhere else."
-            ) from None
-        yield
-        lock_path.unlink(missing_ok=True)
+    while True:
+        with lock_path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StepFailed(
+                    f"another run is writing {path} at this moment", hint="Wait for it, or write somewhere else."
+                ) from None
+            if not lock_path.exists() or not os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
+                continue  # its last holder removed it between our opening and our locking
+            try:
+                yield
+            finally:
+                lock_path.unlink(missing_ok=True)
+            return
 
 
 def check_replaceable(path: Path, type: str) -> None:

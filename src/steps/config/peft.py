@@ -1,7 +1,5 @@
 """The `peft` section: one class per adapter method, in Megatron-Bridge's names and with its defaults."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -3,8 +3,6 @@
 Defaults are Megatron-Bridge's where it has one, so that a user's knowledge carries over.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -89,7 +88,7 @@ def new_spec(
         if is_secret(name):
             masked["run"]["env"]["env_vars"][name] = MASK
     now = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    identity = f"{now}-{step.id.replace('/', '-')}-{secrets.token_hex(3)}"
+    identity = f"{now}-{step.id.replace('/', '-')}-{os.urandom(3).hex()}"
     return JobSpec(
         id=identity,
         step=step.id,

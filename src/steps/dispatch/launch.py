@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -78,6 +79,7 @@ def run(step: Manifest, request: Request) -> None:
 
 
 def _submit(entry: Planned, *, attached: bool) -> None:
+    gc.enable()  # from here on this process may watch a job for days
     executor = executors.get(entry.spec.executor)
     job.create(entry.spec, executor.render(entry.spec))
     started = time.monotonic()

@@ -121,7 +121,7 @@ def section(title: str) -> Iterator[str]:
 
 def show_value(value: Any) -> str:
     """A value as YAML would have it, on one line."""
-    return "required" if value is ... else value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def annotated(data: Mapping[str, Any], sources: Mapping[str, str]) -> Iterator[str]:

@@ -23,8 +23,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """What the engine reports to."""
 
-    def task(self, name: str, total: float | None = None, unit: str = "items") -> Task:
-        """Start a piece of work of `total` units (None: unknown)."""
+    def task(self, name: str, total: float | None = None, unit: str = "items", start: float = 0) -> Task:
+        """Start a piece of work of `total` units (None: unknown), `start` of which an earlier run has done."""
 
     def log(self, message: str) -> None:
         """One line for the person who watches."""
@@ -47,7 +47,7 @@ class _SilentTask:
 class Silent:
     """A Progress that shows nothing: for tests and library use."""
 
-    def task(self, name: str, total: float | None = None, unit: str = "items") -> Task:
+    def task(self, name: str, total: float | None = None, unit: str = "items", start: float = 0) -> Task:
         return _SilentTask()
 
     def log(self, message: str) -> None:

@@ -27,8 +27,8 @@ class Reporter:
     def __init__(self, directory: Path, *, lines: bool = True, active: bool = True, sinks: Any = ()) -> None:
         self._directory, self._lines, self._active, self._sinks = directory, lines, active, tuple(sinks)
 
-    def task(self, name: str, total: float | None = None, unit: str = "items") -> _Task:
-        return _Task(self, name, total, unit)
+    def task(self, name: str, total: float | None = None, unit: str = "items", start: float = 0) -> _Task:
+        return _Task(self, name, total, unit, start)
 
     def log(self, message: str) -> None:
         if self._active:
@@ -69,9 +69,10 @@ class Reporter:
 
 
 class _Task:
-    def __init__(self, reporter: Reporter, name: str, total: float | None, unit: str) -> None:
+    def __init__(self, reporter: Reporter, name: str, total: float | None, unit: str, start: float) -> None:
         self.name, self.total, self.unit = name, total, unit
-        self.done, self.started = 0.0, time.time()
+        self.start = self.done = float(start)
+        self.started = time.time()
         self.fields: dict[str, float | str] = {}
         self._reporter = reporter
         self._shown = self._told = time.monotonic()
@@ -91,7 +92,7 @@ class _Task:
 
     def line(self, seconds: float) -> str:
         """`name: 12/50 steps (24%), 3.1 steps/s, 12 s left, loss 2.41`."""
-        rate = self.done / seconds if seconds > 0 else 0.0
+        rate = (self.done - self.start) / seconds if seconds > 0 else 0.0
         parts = [f"{self.name}: {short(self.done)}"]
         if self.total:
             parts[0] += f"/{short(self.total)}"

@@ -47,7 +47,7 @@ def test_a_failure_leaves_the_old_one_and_no_leftovers(tmp_path):
         (partial / "conversations.jsonl").write_text("half")
         raise RuntimeError
     assert (tmp_path / "a" / "conversations.jsonl").read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.lock", "a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 def test_a_rerun_replaces_and_never_mixes(tmp_path):

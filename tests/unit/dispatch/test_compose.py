@@ -109,3 +109,22 @@ def test_broken_grammar_is_told_with_its_key(tmp_path):
 
 def test_dollar_without_brace_is_data(tmp_path):
     assert compose(fake_step(tmp_path, default="a: $(rm x) $HOME\n"), "default").data == {"a": "$(rm x) $HOME"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:STEPS_TEST_DIR}",
+        "${oc.env:STEPS_TEST_DIR,other}",
+        "${oc.env:STEPS_NOT_SET,a/b-c.d}",
+        "${oc.env:STEPS_NOT_SET,output/default/base}",
+        "${steps.package_file:steps,py.typed}",
+    ],
+)
+def test_the_quick_way_of_resolving_agrees_with_omegaconf(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("STEPS_TEST_DIR", "/data 1")
+    quick = compose(fake_step(tmp_path, default=f"a: {text}\n"), "default").data
+    # Another value that only OmegaConf can read sends both through it.
+    slow = compose(fake_step(tmp_path, default=f"a: {text}\nb: 1\nc: x${{b}}\n"), "default").data
+    assert quick["a"] == slow["a"]
+    assert slow["c"] == "x1"

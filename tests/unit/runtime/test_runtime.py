@@ -32,6 +32,12 @@ def test_progress_file_follows_a_task_and_the_last_line_is_printed(tmp_path, cap
     assert capsys.readouterr().out.startswith("packing: 4/4 rows (100%), ")
 
 
+def test_the_rate_leaves_out_what_an_earlier_run_did(tmp_path):
+    task = Reporter(tmp_path).task("train", total=20, unit="steps", start=10)
+    task.advance(2)
+    assert task.line(4.0) == "train: 12/20 steps (60%), 0.5 steps/s, 16 s left"
+
+
 def test_a_failed_task_is_not_told_as_done(tmp_path, capsys):
     with pytest.raises(RuntimeError), Reporter(tmp_path).task("packing", total=4):
         raise RuntimeError

@@ -1,7 +1,5 @@
 """Configuration of convert/hf_to_megatron."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from typing import Literal

@@ -1,7 +1,5 @@
 """Configuration of convert/megatron_to_hf."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from steps.config.base import StepConfig

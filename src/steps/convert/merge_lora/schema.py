@@ -1,7 +1,5 @@
 """Configuration of convert/merge_lora."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

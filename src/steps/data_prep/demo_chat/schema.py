@@ -1,7 +1,5 @@
 """Configuration of data_prep/demo_chat."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

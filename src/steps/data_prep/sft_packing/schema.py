@@ -1,7 +1,5 @@
 """Configuration of data_prep/sft_packing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal

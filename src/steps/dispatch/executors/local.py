@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from steps.config.base import StepConfig
@@ -20,9 +18,6 @@ from steps.errors import Problem
 SCRIPT = "command.sh"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 15.0
-# OpenMP threads that spin while they wait for each other are ruin on a machine that others use too: with two more
-# processes on two cores, small bf16 products ran 18 to 100 times slower than with this. A user's own value wins.
-_PATIENT = {"GOMP_SPINCOUNT": "0"}
 
 
 class Local:
@@ -75,14 +70,14 @@ def supervise(directory: Path, environment: Mapping[str, str], *, watched: bool)
     with (directory / "log").open("ab") as log:
         child = subprocess.Popen(
             ["/bin/sh", os.fspath(directory / SCRIPT)],
-            env={**_PATIENT, **environment, "PYTHONUNBUFFERED": "1", **told},
+            env={**environment, "PYTHONUNBUFFERED": "1", **told},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches us alone; we pass it on and wait
-            preexec_fn=_die_with_parent,
+            preexec_fn=_die_with_parent(),
         )
-    status.handle = {"pid": child.pid, "host": platform.node()}
+    status.handle = {"pid": child.pid, "host": os.uname().nodename}
     status.write(directory)
     stopped = False
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -134,14 +129,14 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
             continue
 
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+def _die_with_parent() -> Callable[[], None] | None:
+    """Makes a child end with us: kill -9 on us must not leave a step behind that writes on unseen (Linux)."""
+    if sys.platform != "linux":
+        return None
+    import ctypes  # before the fork: the child must not import
 
-
-def _die_with_parent() -> None:
-    """kill -9 on us must not leave a step behind that goes on writing unseen (Linux)."""
-    if _LIBC is not None:
-        pr_set_pdeathsig = 1
-        _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)
+    libc, pr_set_pdeathsig = ctypes.CDLL(None), 1
+    return lambda: libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 if __name__ == "__main__":

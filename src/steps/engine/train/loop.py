@@ -54,8 +54,7 @@ class Trainer:
         train = self.plan.train
         if position.iteration == 0:
             self._report_evaluation(position)
-        with self.progress.task("train", train.train_iters, "steps") as task:
-            task.advance(position.iteration)
+        with self.progress.task("train", train.train_iters, "steps", start=position.iteration) as task:
             while position.iteration < train.train_iters:
                 row = self._step(position)
                 position.history.setdefault("loss_first", row["loss"])

@@ -1,7 +1,5 @@
 """The configuration of peft/megatron_bridge, in Megatron-Bridge's names."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from pydantic import Field
 from steps.artifacts import record
 from steps.artifacts.opening import Artifact
 from steps.config import training
-from steps.config.base import StepConfig
+from steps.config.base import StepConfig, section
 from steps.config.peft import LoRA
 from steps.engine.adapters import targets
 from steps.engine.train.plan import Plan, differences
@@ -31,17 +29,17 @@ class Config(StepConfig):
     """One fine-tuning run of adapters on a frozen base."""
 
     engine: Literal["auto", "torch", "megatron_bridge"] = Field(
-        "auto", description="Who trains: auto is megatron_bridge where it is installed, torch elsewhere"
+        "auto", description="auto: megatron_bridge where it is installed or recipe asks for parallelism, else torch"
     )
     recipe: training.Recipe = Field(description="Model recipe and parallel sizes")
     dataset: training.Dataset = Field(description="The packed data")
     train: training.Train = Field(description="How long and in which batches")
-    optimizer: training.Optimizer = Field(default_factory=training.Optimizer, description="AdamW")
-    scheduler: training.Scheduler = Field(default_factory=training.Scheduler, description="Learning rate")
-    peft: LoRA = Field(default_factory=LoRA, description="The adapter method")
+    optimizer: training.Optimizer = section("AdamW")
+    scheduler: training.Scheduler = section("Learning rate")
+    peft: LoRA = section("The adapter method")
     checkpoint: training.Checkpoint = Field(description="What is loaded and saved")
-    logger: training.Logger = Field(default_factory=training.Logger, description="Where numbers go")
-    rng: training.Rng = Field(default_factory=training.Rng, description="Randomness")
+    logger: training.Logger = section("Where numbers go")
+    rng: training.Rng = section("Randomness")
 
     # Megatron-Bridge's ConfigContainer has more sections and more keys in each than are typed here.
     open_sections: ClassVar[frozenset[str]] = frozenset(
@@ -50,10 +48,11 @@ class Config(StepConfig):
 
     @property
     def chosen_engine(self) -> str:
-        """`engine` with auto decided for this machine."""
+        """`engine` with auto decided for this machine: Megatron-Bridge where it is installed or only it can do it."""
         if self.engine != "auto":
             return self.engine
-        return "megatron_bridge" if bridge_installed() else "torch"
+        parallel = any(getattr(self.recipe, name) > 1 for name in _PARALLEL)
+        return "megatron_bridge" if parallel or bridge_installed() else "torch"
 
     def accepts_unknown(self, key: str) -> str:
         section, _, rest = key.partition(".")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from steps import runtime
 from steps.artifacts.record import digest_files
-from steps.engine.train.threads import share_cores
 from steps.peft.megatron_bridge.schema import Config
 
 _REPORTED = (
@@ -41,5 +40,4 @@ def _megatron_bridge(job: runtime.Job[Config]) -> None:
 
 
 if __name__ == "__main__":
-    share_cores()
     runtime.main(run)
