@@ -44,7 +44,17 @@ def artifacts(
 def test_shipped_configs_are_valid(name):
     config, notes = validate(Config, shipped(name))
     assert not notes
-    assert config.chosen_engine == {"default": "megatron_bridge", "tiny": "torch"}[name]
+    assert config.engine == {"default": "auto", "tiny": "torch"}[name]
+
+
+def test_auto_takes_megatron_bridge_where_it_is_installed_or_only_it_can_do_it(monkeypatch):
+    monkeypatch.setattr(schema, "bridge_installed", lambda: False)
+    assert validate(Config, shipped("default"))[0].chosen_engine == "torch"
+    parallel = shipped("default", recipe={"tensor_model_parallel_size": 8})
+    assert validate(Config, parallel)[0].chosen_engine == "megatron_bridge"
+    assert validate(Config, {**parallel, "engine": "torch", "recipe": {"seq_length": 8}})[0].chosen_engine == "torch"
+    monkeypatch.setattr(schema, "bridge_installed", lambda: True)
+    assert validate(Config, shipped("default"))[0].chosen_engine == "megatron_bridge"
 
 
 def test_default_is_the_documented_run():
@@ -78,7 +88,7 @@ def test_a_wrong_value_is_refused(change, message):
 
 
 def test_megatron_bridge_takes_keys_that_are_not_typed_here():
-    data = shipped("default", model={"a": 1}, train={"exit_interval": 5}, ddp={"b": {"c": 2}})
+    data = shipped("default", engine="megatron_bridge", model={"a": 1}, train={"exit_interval": 5}, ddp={"b": {"c": 2}})
     _, notes = validate(Config, data)
     assert sorted(note.partition(":")[0] for note in notes) == ["ddp", "model", "train.exit_interval"]
     assert all(note.endswith("passed to Megatron-Bridge") for note in notes)
@@ -129,7 +139,7 @@ def test_a_place_with_another_run_is_refused_in_a_dry_run_already(tmp_path):
 
 def test_the_missing_package_is_named_only_where_it_is_needed():
     pytest.importorskip("megatron.core")
-    default, _ = validate(Config, shipped("default"))
+    default, _ = validate(Config, shipped("default", engine="megatron_bridge"))
     if schema.bridge_installed():
         assert not list(default.launch_here())
     else:
