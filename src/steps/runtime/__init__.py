@@ -35,10 +35,10 @@ from steps.manifest import read as read_manifest
 from steps.runtime.progress import Reporter
 from steps.runtime.sinks import sinks
 
-# Decided here because it must be before torch loads OpenMP. Threads that spin for long while they wait for each other are
-# ruin where anything else runs, and threads that sleep at once are slow where nothing does. Training on two cores, tokens/s
-# alone and beside two busy processes: spinning (OpenMP's default) 360 and below 30, 10,000 turns 405 and 77, 1,000 turns 362
-# and 178, sleeping at once 283 and 198. A user's own choice wins.
+# Decided here because it must be before torch loads OpenMP. Threads that spin for long while they wait for each other
+# are ruin where anything else runs; threads that sleep at once are slow where nothing does. Training on two cores,
+# tokens/s alone and beside two busy processes: spinning (OpenMP's default) 360 and below 30; 10,000 turns 405 and 77;
+# 1,000 turns 362 and 178; sleeping at once 283 and 198. A user's own choice wins.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
