@@ -154,6 +154,8 @@ def endless(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell starts what it puts into the background (this test suite, say) with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for(lambda: jobs(tmp_path) and (jobs(tmp_path)[0] / "status.json").exists())
     time.sleep(1.0)
