@@ -14,6 +14,7 @@ import pytest
 from support.chat import CHATML, CHATML_GENERATION, say
 from support.packing_runs import configure, digests, pack, report
 
+from steps.artifacts import record
 from steps.config import yaml12
 
 SPLITS = {"train_ratio": 0.8, "valid_ratio": 0.1, "test_ratio": 0.1, "num_shards": 2}
@@ -95,8 +96,22 @@ def test_killed_while_the_packs_are_written(tmp_path, undisturbed):
     splits = tmp_path / ".packed.partial/splits"
     assert kill_when(start(tmp_path, config), splits.exists)
     assert not (tmp_path / "packed").exists()
-    pack(tmp_path, config)
+    (tmp_path / ".packed.partial/.report.json.77.tmp").write_text("{")  # as if the kill had come a little later
+    assert "going on with the work of an interrupted run" in pack(tmp_path, config).stdout
     assert digests(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("name", [".report.json.77.tmp", ".artifact.json.77.tmp", "splits/train/.x.parquet.77.tmp"])
+def test_killed_over_its_last_small_files(tmp_path, name):
+    """All packs are written and a file beside them is half written: nothing of that file is published."""
+    config = configure(tmp_path, rows(200), **SPLITS)
+    pack(tmp_path, config)
+    whole, digest = digests(tmp_path), record.read(tmp_path / "packed").digest
+    (tmp_path / "packed").rename(tmp_path / ".packed.partial")
+    (tmp_path / ".packed.partial" / name).write_text("{")
+    pack(tmp_path, config)
+    assert digests(tmp_path) == whole
+    assert record.read(tmp_path / "packed").digest == digest
 
 
 def test_killed_at_random_moments(tmp_path, undisturbed, seconds):

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from steps.errors import ArtifactError, StepFailed
 
 RECORD = "artifact.json"
 FORMAT_VERSION = 1
+#: `.NAME.PID.tmp`: a file that its writer was killed over, see `write_text`.
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,13 @@ def write_text(path: Path, text: str, mode: int | None = None) -> None:
     beside.rename(path)
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Remove the files that killed writers left half written. Only for who holds the place alone."""
+    for path in directory.rglob(".*.tmp"):
+        if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold `path`'s place alone: a second writer of the same artifact fails at once, nothing mixes."""
@@ -183,6 +193,8 @@ def publish(path: Path, record: Record, *, keep_partial: bool = False) -> Iterat
             if not keep_partial:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+        if keep_partial:
+            remove_unfinished(partial)
         record.digest, record.files = digest_files(partial)
         record.write(partial)
         if path.exists():

@@ -143,8 +143,7 @@ def _open_work(out: Path, plan: Plan, progress: Progress) -> tuple[Spool, dateti
         work.mkdir()
         begun = {"plan": plan.digest, "begun": datetime.now().isoformat(timespec="seconds")}
         write_text(work / PLAN, json.dumps(begun))
-    for leftover in work.glob(".*.tmp"):
-        leftover.unlink()
+    record.remove_unfinished(out)
     return Spool(work), datetime.fromisoformat(begun["begun"])
 
 
