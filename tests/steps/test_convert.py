@@ -174,7 +174,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(source, tmp_path):
     distcp.write_bytes(whole[: len(whole) // 2])
     done = to_hf(tmp_path)
     assert done.returncode == 4
-    assert "__0_0.distcp is missing or has changed" in done.stderr
+    assert "__0_0.distcp is missing or has another size" in done.stderr
     (tmp_path / "megatron" / "artifact.json").unlink()  # without a record the damage shows while reading
     done = to_hf(tmp_path)
     assert done.returncode == 4

@@ -59,12 +59,12 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
     record = read(home) if home.is_dir() else None
     if record is not None and not graph.is_a(record.type, type):
         route = graph.route(record.type, type)
-        hint = f"`steps run {route[0]}` makes a {type} of it." if route else ""
+        hint = f"Make a {type} of it: {', then '.join(f'`steps run {step}`' for step in route)}." if route else ""
         raise _error(key, f"{value} is a {record.type}, not a {type}", "wrong_type", hint)
     if record is not None:
         if gone := missing_files(home, record):
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-            raise _error(key, f"{value} is damaged: {gone[0]}{more} is missing or has changed", "damaged_artifact")
+            raise _error(key, f"{value} is damaged: {gone[0]}{more} is missing or has another size", "damaged_artifact")
         return Artifact(key, type, value, root, record, facts=record.facts)
     for wanted, check in CONTRACTS.items():
         if graph.is_a(type, wanted) and (fault := check(path)):

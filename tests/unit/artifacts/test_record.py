@@ -95,7 +95,7 @@ def test_killed_between_the_two_renames_loses_nothing(tmp_path):
 def test_damage_is_noticed(tmp_path):
     make(tmp_path / "a")
     (tmp_path / "a" / "conversations.jsonl").write_text("shorter or longer")
-    with pytest.raises(ArtifactError, match="is damaged: conversations.jsonl is missing or has changed"):
+    with pytest.raises(ArtifactError, match="is damaged: conversations.jsonl is missing or has another size"):
         open_artifact(str(tmp_path / "a"), "training_jsonl")
 
 
