@@ -8,8 +8,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.chat import smollm_gguf
 from support.models import save_hf, save_tokenizer
 from support.run_step import run_step
+
+from steps.artifacts.opening import open_artifact
+from steps.convert.megatron_to_hf.schema import Config as ToHf
+from steps.errors import ArtifactError
 
 pytest.importorskip("transformers", reason="extra parity")
 
@@ -135,6 +140,53 @@ BAD_SOURCES = {
     "unknown tensor": (add_tensor, "o_proj.bias is not part of a supported model", "unsupported_model"),
     "quantized": (quantize, "has the dtype F8_E4M3. Allowed: F32, BF16, F16", "unsupported_model"),
 }  # fmt: skip
+
+
+BAD_DESCRIPTIONS = {
+    "./nonexistent/dir": ("there is no model at nonexistent/dir", "missing_checkpoint_hf"),
+    "empty": ("empty has no config.json", "missing_checkpoint_hf"),
+    "mixtral": ("the architecture 'mixtral' is not supported", "unsupported_model"),
+    "broken": ("is no JSON", "damaged_artifact"),
+}
+
+
+@pytest.mark.parametrize("model", BAD_DESCRIPTIONS)
+def test_a_bad_model_to_describe_the_checkpoint_is_found_by_a_dry_run(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"mixtral": '{"model_type": "mixtral"}', "broken": "{", "empty": None}.items():
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "config.json").write_text(text)
+    message, name = BAD_DESCRIPTIONS[model]
+    (problem,) = ToHf(megatron_path="megatron", hf_path="back", hf_model_id=model).check_inputs({})
+    assert message in str(problem)
+    assert problem.name == name
+
+
+def test_a_good_model_to_describe_the_checkpoint_passes_the_dry_run(source):
+    for model in (str(source), "org/name", smollm_gguf(), None):
+        assert list(ToHf(megatron_path="megatron", hf_path="back", hf_model_id=model).check_inputs({})) == []
+
+
+@pytest.mark.parametrize("kind", ["missing shard", "index", "renamed"])
+def test_missing_shards_are_found_on_opening(kind, source):
+    assert open_artifact(str(source), "checkpoint_hf").path == source
+    index = source / "model.safetensors.index.json"
+    if kind == "missing shard":
+        drop_shard(source)
+    elif kind == "index":
+        index.write_text('{"weight_map": []}')
+    else:
+        index.unlink()
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(str(source), "checkpoint_hf", "hf_model_id")
+    message, name = {
+        "missing shard": ("missing (1 of", "damaged_artifact"),
+        "index": ("model.safetensors.index.json cannot be read", "damaged_artifact"),
+        "renamed": ("it has neither model.safetensors nor", "wrong_type"),
+    }[kind]
+    assert message in str(caught.value)
+    assert caught.value.name == name
 
 
 @pytest.mark.parametrize("kind", BAD_SOURCES)

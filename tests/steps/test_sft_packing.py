@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.chat import CHATML, CHATML_GENERATION, QWEN3, say, small_tokenizer, write_jsonl
+from support.chat import CHATML, CHATML_GENERATION, QWEN3, say, small_tokenizer, smollm_gguf, write_jsonl
 from support.packing_runs import as_megatron_bridge_reads, configure, digests, documents, pack, packs, report
 from support.run_step import run_step
 
 from steps.artifacts import record
+from steps.data_prep.sft_packing.schema import Config
 from steps.engine.data.tokenizer import Tokenizer
+from steps.errors import ArtifactError
 
 WORDS = ("hello", "fox", "lazy dog", "Paris", "what is two?", "four", "good answer", "home")
 
@@ -366,6 +369,36 @@ def test_wrong_configurations_are_refused_before_the_work(tmp_path, change, code
     done = pack(tmp_path, {**configure(tmp_path, many(5)), **change}, expect=code)
     assert [word for word in words if word not in done.stderr] == []
     assert not (tmp_path / "packed").exists()
+
+
+BAD_TOKENIZERS = {
+    "nowhere": "there is no tokenizer here",
+    "empty": "holds no tokenizer",
+    "weights": "holds no tokenizer",
+    "two": "holds several GGUF files (a.gguf, b.gguf)",
+    "notes.txt": "is no tokenizer's file",
+}
+
+
+@pytest.mark.parametrize("model", BAD_TOKENIZERS)
+def test_a_tokenizer_that_is_none_is_found_by_a_dry_run_in_the_words_of_the_run(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    config = configure(tmp_path, many(1))
+    for path in ("empty/", "weights/model.safetensors", "two/a.gguf", "two/b.gguf", "notes.txt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).mkdir() if path.endswith("/") else (tmp_path / path).write_text("x")
+    (problem,) = Config(**{**config, "tokenizer": {"model": f"./{model}"}}).check_inputs({})
+    assert BAD_TOKENIZERS[model] in problem.what
+    assert (problem.where, problem.name) == ("tokenizer.model", "unsupported_tokenizer")
+    with pytest.raises(ArtifactError, match=re.escape(BAD_TOKENIZERS[model])):
+        Tokenizer.load(f"./{model}")
+
+
+def test_tokenizers_that_load_pass_the_dry_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configure(tmp_path, many(1))
+    for model in ("tokenizer", "tokenizer/tokenizer.json", smollm_gguf(), "org/name"):
+        assert list(Config(**{**config, "tokenizer": {"model": model}}).check_inputs({})) == []
 
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path):

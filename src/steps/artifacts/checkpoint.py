@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+INDEX = "model.safetensors.index.json"
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -51,6 +53,20 @@ def check_hf(path: Path) -> str:
         return "it is an adapter, not a model"
     if not (path / "config.json").is_file():
         return "it has no config.json"
-    if not any(path.glob("*.safetensors")):
-        return "it holds no .safetensors file"
+    if not (path / INDEX).is_file() and not (path / "model.safetensors").is_file():
+        others = any(path.glob("*.safetensors"))
+        return f"it has neither model.safetensors nor {INDEX}" if others else "it holds no .safetensors file"
     return ""
+
+
+def damage_hf(path: Path) -> str:
+    """What a checkpoint_hf lacks of what its own index of shards promises, '' when nothing."""
+    index = path / INDEX
+    if not index.is_file():
+        return ""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        gone = [name for name in names if not (path / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{INDEX} cannot be read: {type(error).__name__}: {error}"
+    return f"{', '.join(gone[:3])} missing ({len(gone)} of {len(names)} shards)" if gone else ""

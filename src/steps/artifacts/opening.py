@@ -69,6 +69,8 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
     for wanted, check in CONTRACTS.items():
         if graph.is_a(type, wanted) and (fault := check(path)):
             raise _error(key, f"{value} is no {type}: {fault}", "wrong_type")
+    if type == "checkpoint_hf" and (lack := checkpoint.damage_hf(path)):
+        raise _error(key, f"{value} is damaged: {lack}", "damaged_artifact")
     warnings = (
         ()
         if graph.is_a(type, "training_jsonl") or type == "checkpoint_hf"

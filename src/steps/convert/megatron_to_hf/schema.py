@@ -1,8 +1,15 @@
 """Configuration of convert/megatron_to_hf."""
 
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 from pydantic import Field
 
+from steps.artifacts.opening import Artifact, is_hub_id
 from steps.config.base import StepConfig
+from steps.engine.checkpoint import hf_config
+from steps.errors import ArtifactError, Problem
 
 
 class Config(StepConfig):
@@ -14,3 +21,23 @@ class Config(StepConfig):
         None,
         description="Model to take config.json, generation_config.json and tokenizer from (default: its own)",
     )
+
+    def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
+        """The model that config.json is taken from is there, and one that is supported. Its weights are not needed."""
+        if self.hf_model_id is None or is_hub_id(self.hf_model_id):
+            return []
+        path = Path(self.hf_model_id).expanduser()
+        if path.is_file() and path.suffix == ".gguf":
+            return []
+        file = path / "config.json"
+        if not file.is_file():
+            what = f"{path} has no config.json" if path.is_dir() else f"there is no model at {path}"
+            allowed = "a model's directory, a .gguf file or a Hub id (org/name)"
+            return [Problem(where="hf_model_id", what=what, allowed=allowed, name="missing_checkpoint_hf")]
+        try:
+            hf_config.model_config(json.loads(file.read_text(encoding="utf-8")), str(file), "float32")
+        except ArtifactError as error:
+            return error.problems
+        except ValueError as error:
+            return [Problem(where=str(file), what=f"is no JSON: {error}", name="damaged_artifact")]
+        return []

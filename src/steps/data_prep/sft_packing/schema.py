@@ -9,6 +9,7 @@ from pydantic import Field
 from steps.artifacts.opening import Artifact, is_hub_id
 from steps.config.base import Section, StepConfig
 from steps.engine.data import blend
+from steps.engine.data.tokenizer_place import locate
 from steps.errors import ConfigError, Problem
 
 
@@ -70,9 +71,11 @@ class Config(StepConfig):
         except ConfigError as error:
             problems += error.problems
         model = self.tokenizer.model
-        if not is_hub_id(model) and not Path(model).expanduser().exists():
-            allowed = "a directory, a tokenizer.json, a .gguf file or a Hub id (org/name)"
-            what = f"there is no tokenizer at {model}"
+        try:
+            _ = is_hub_id(model) or locate(model)
+        except ValueError as error:
+            allowed = "a tokenizer's directory, a tokenizer.json, a .gguf file or a Hub id (org/name)"
+            what = f"{model}: {error}"
             problems.append(Problem(where="tokenizer.model", what=what, allowed=allowed, name="unsupported_tokenizer"))
         template = self.chat_template
         if template is not None and "{" not in template and not Path(template).expanduser().is_file():

@@ -11,9 +11,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from steps.artifacts.checkpoint import iteration_dir
 from steps.artifacts.opening import is_hub_id
 from steps.engine.checkpoint.gguf_tokenizer import read_gguf_tokenizer
+from steps.engine.data.tokenizer_place import locate
 from steps.errors import ArtifactError, Problem
 
 #: Files that make up a tokenizer beside tokenizer.json. They are copied as they are.
@@ -45,24 +45,15 @@ def read(model: str) -> Source:
     """Find and read the tokenizer that `model` names (see `Tokenizer.load`). Raises ArtifactError."""
     if is_hub_id(model):
         return _read_directory(_download(model), model)
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _read_gguf(path)
-    if path.is_file() and path.name.endswith(".json"):
-        return _read_directory(path.parent, model, tokenizer_json=path)
-    if not path.is_dir():
-        raise _error(model, "there is no tokenizer here")
-    checkpoint = iteration_dir(path)
-    for folder in (path, path / "tokenizer", *([checkpoint / "tokenizer"] if checkpoint else [])):
-        if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return _read_directory(folder, model)
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return _read_gguf(ggufs[0])
-    if ggufs:
-        names = ", ".join(gguf.name for gguf in ggufs)
-        raise _error(model, f"holds several GGUF files ({names})", hint="Name one of them.")
-    raise _error(model, "holds no tokenizer (tokenizer.json, tokenizer.model or a .gguf file)")
+    try:
+        place = locate(model)
+    except ValueError as error:
+        raise _error(model, str(error)) from error
+    if place.suffix == ".gguf":
+        return _read_gguf(place)
+    if place.is_file():
+        return _read_directory(place.parent, model, tokenizer_json=place)
+    return _read_directory(place, model)
 
 
 def _read_gguf(path: Path) -> Source:
