@@ -57,6 +57,18 @@ def test_auto_takes_megatron_bridge_where_it_is_installed_or_only_it_can_do_it(m
     assert validate(Config, shipped("default"))[0].chosen_engine == "megatron_bridge"
 
 
+@pytest.mark.parametrize("recipe", [{}, {"tensor_model_parallel_size": 8}, {"tensor_model_parallel_size": "x"}, None])
+def test_every_problem_is_told_also_where_the_engine_is_auto(recipe):
+    """An unknown key asks for the engine while the configuration has no typed sections yet."""
+    data = shipped("default", train={"train_iters": "abc"}, peft={"dmi": 4}, rng={"sede": 4})
+    data["recipe"] = data["recipe"] | recipe if recipe is not None else None
+    with pytest.raises(ConfigError) as caught:
+        validate(Config, data)
+    wrong = {problem.where for problem in caught.value.problems}
+    assert "train.train_iters" in wrong
+    assert "peft.dmi" in wrong or schema.bridge_installed() or recipe == {"tensor_model_parallel_size": 8}
+
+
 def test_default_is_the_documented_run():
     config, _ = validate(Config, shipped("default"))
     assert config.recipe.target.endswith("nemotron_3_nano.nemotron_3_nano_peft_config")

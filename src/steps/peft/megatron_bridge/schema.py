@@ -10,7 +10,7 @@ from pydantic import Field
 from steps.artifacts import record
 from steps.artifacts.opening import Artifact
 from steps.config import training
-from steps.config.base import StepConfig, section
+from steps.config.base import Section, StepConfig, section
 from steps.config.peft import LoRA
 from steps.engine.adapters import targets
 from steps.engine.train.plan import Plan, differences
@@ -51,8 +51,7 @@ class Config(StepConfig):
         """`engine` with auto decided for this machine: Megatron-Bridge where it is installed or only it can do it."""
         if self.engine != "auto":
             return self.engine
-        parallel = any(getattr(self.recipe, name) > 1 for name in _PARALLEL)
-        return "megatron_bridge" if parallel or bridge_installed() else "torch"
+        return "megatron_bridge" if _parallel(getattr(self, "recipe", None)) or bridge_installed() else "torch"
 
     def accepts_unknown(self, key: str) -> str:
         section, _, rest = key.partition(".")
@@ -155,6 +154,14 @@ class Config(StepConfig):
             rng=self.rng,
             facts=facts,
         )
+
+
+def _parallel(recipe: object) -> bool:
+    """Whether a recipe section asks for model parallelism. It may be a plain mapping with any values: `validate` asks
+    for the engine also where other keys of the configuration are wrong."""
+    section = recipe if isinstance(recipe, Mapping) else vars(recipe) if isinstance(recipe, Section) else {}
+    sizes = (section.get(name) for name in _PARALLEL)
+    return any(isinstance(size, int) and size > 1 for size in sizes)
 
 
 def bridge_installed() -> bool:
