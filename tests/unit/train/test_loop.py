@@ -275,6 +275,25 @@ def test_ckpt_step_goes_back_and_comes_to_the_same_bits(root):
         train(root, checkpoint={"ckpt_step": 5})
 
 
+def test_a_vocabulary_that_megatron_padded_trains_like_the_one_it_stands_for(root):
+    from dataclasses import replace
+
+    from steps.engine.checkpoint import megatron
+
+    plain = train(root).losses()
+    base = Checkpoint.open(root / "base")
+    tensors = {name: tensor.load() for name, tensor in base.tensors.items()}
+    padded = replace(SHAPE, vocab_size=64)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in tensors:
+            tensors[name] = torch.cat([tensors[name], torch.full((3, padded.hidden_size), 9.0)])
+    megatron.write(root / "base", tensors, num_layers=2, run_config=base.run_config)
+    (root / "base" / "artifact.json").unlink()
+    again = train(root, checkpoint={"save": str(root / "padded")})
+    assert Checkpoint.open(root / "base").tensors["embedding.word_embeddings.weight"].shape[0] == 64
+    assert again.losses() == plain
+
+
 def test_load_starts_from_another_directory(root):
     train(root)
     progress = train(root, checkpoint={"load": str(root / "lora"), "ckpt_step": 9, "save": str(root / "more")})

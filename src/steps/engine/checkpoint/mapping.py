@@ -16,6 +16,8 @@ from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
 from steps.engine.model_config import ModelConfig
 from steps.errors import ArtifactError, Problem
 
+_PADDED = frozenset(("embedding.word_embeddings.weight", "output_layer.weight"))
+
 
 def _join_qkv(config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
     """Per group of query heads: its queries, its key, its value. Parts [rows, …] -> [(heads + 2 * groups) * D, …]."""
@@ -133,7 +135,7 @@ def to_hf(config: ModelConfig, megatron: LazyTensors, where: str = "the checkpoi
 
     Rows of embedding and output layer beyond `vocab_size`, Megatron's padding, are left out.
     """
-    megatron = {name: _unpadded(name, tensor, config) for name, tensor in megatron.items()}
+    megatron = unpadded(config, megatron)
     expected = {}
     for row, name, shapes in _rows(config):
         first = next(iter(shapes.values()))
@@ -149,6 +151,20 @@ def to_hf(config: ModelConfig, megatron: LazyTensors, where: str = "the checkpoi
         for index, (part, shape) in enumerate(shapes.items()):
             result[part] = LazyTensor(shape, megatron[name].dtype, lambda parts=parts, index=index: parts.take(index))  # type: ignore[misc]
     return result
+
+
+def unpadded(config: ModelConfig, megatron: LazyTensors) -> dict[str, LazyTensor]:
+    """The same parameters, with embedding and output layer cut to `vocab_size` rows.
+
+    Megatron pads the vocabulary to a multiple of make_vocab_size_divisible_by times the tensor parallel size.
+    """
+    return {name: _cut(tensor, config.vocab_size) if name in _PADDED else tensor for name, tensor in megatron.items()}
+
+
+def _cut(tensor: LazyTensor, rows: int) -> LazyTensor:
+    if tensor.shape[0] <= rows:
+        return tensor
+    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.load()[:rows].contiguous())
 
 
 def _joined(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTensor:
@@ -172,14 +188,6 @@ class _Parts:
         if index not in self._waiting:
             self._waiting = dict(enumerate(self._row.split(self._config, self._whole.load())))
         return self._waiting.pop(index).contiguous()
-
-
-def _unpadded(name: str, tensor: LazyTensor, config: ModelConfig) -> LazyTensor:
-    vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
-    if not vocabulary or tensor.shape[0] <= config.vocab_size:
-        return tensor
-    shape = (config.vocab_size, *tensor.shape[1:])
-    return LazyTensor(shape, tensor.dtype, lambda: tensor.load()[: config.vocab_size].contiguous())
 
 
 def _check(expected: Mapping[str, tuple[int, ...]], found: LazyTensors, where: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from steps.artifacts.record import Record
 from steps.engine.adapters import base as adapters
 from steps.engine.adapters import targets
-from steps.engine.checkpoint import megatron
+from steps.engine.checkpoint import mapping, megatron
+from steps.engine.checkpoint.lazy import LazyTensors
 from steps.engine.checkpoint.run_config import model_config
 from steps.engine.data.shards import PackedSplit
 from steps.engine.model.decoder import Decoder, load_weights
@@ -88,15 +89,15 @@ def _model(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress
     recompute = plan.train.recompute_granularity == "full"
     decoder = Decoder(shape, dtype=dtype, device=device, recompute=recompute)
     try:
-        load_weights(decoder, _loaded(base, progress))
+        load_weights(decoder, _loaded(mapping.unpadded(shape, base.tensors), progress))
     except ValueError as error:
         raise ArtifactError(Problem(where="checkpoint.pretrained_checkpoint", what=str(error))) from error
     return adapters.attach(decoder, adapters.create(plan.peft, shape), targets.select(*wanted), plan.rng.seed)
 
 
-def _loaded(base: megatron.Checkpoint, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    with progress.task("load base", len(base.tensors), "tensors") as task:
-        for name, tensor in base.tensors.items():
+def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    with progress.task("load base", len(tensors), "tensors") as task:
+        for name, tensor in tensors.items():
             yield name, tensor.load()
             task.advance()
 
