@@ -6,6 +6,7 @@ remember nothing else, and any number of processes walks through the same order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,8 +61,15 @@ class Order:
     def __getitem__(self, position: int) -> int:
         epoch, inside = divmod(position, self.rows)
         if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, np.random.default_rng((self._seed, epoch)).permutation(self.rows)
+            self._epoch, self._permutation = epoch, _permutation(self.rows, self._seed, epoch)
         return int(self._permutation[inside])
+
+
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    # RandomState's stream is frozen by NumPy's policy, a Generator's may change with a release. It takes only 32 bits
+    # a word, hence the hash: any seed and epoch are mixed.
+    digest = hashlib.sha256(f"{seed}:order:{epoch}".encode()).digest()
+    return np.random.RandomState(np.frombuffer(digest, dtype="<u4")).permutation(rows)
 
 
 def shares(positions: range, micro_batch_size: int, rank: int, processes: int) -> Iterator[range]:
