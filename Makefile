@@ -39,19 +39,19 @@ demo: $(VENV)/.base  ## Fine-tune a real small model on real conversations, merg
 	$(BIN)/steps run convert/merge_lora -c tiny --upstream
 
 test: $(VENV)/.dev $(BRIDGE:%=%/.done)  ## Everything that must hold before a change lands.
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory check
+	$(MAKE) --no-print-directory check
 	STEPS_BRIDGE_PYTHON=$(BRIDGE:%=$(CURDIR)/%/bin/python) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow" --durations=10
 
 test-slow: $(VENV)/.dev  ## The tests that take minutes each.
 	$(BIN)/python -m pytest -q -m slow
 
-check:  ## Format, lint, types, import rules, generated documents. Fast; run it before every commit.
-	ruff format --check .
-	ruff check .
-	mypy
-	lint-imports
-	python docs/generate.py --check
+check: $(VENV)/.dev  ## Format, lint, types, import rules, generated documents. Fast; run it before every commit.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/generate.py --check
 
 docs: $(VENV)/.dev  ## Write the generated documents anew.
 	$(BIN)/python docs/generate.py

@@ -15,6 +15,7 @@ is wrong, where it came from, what is allowed and what to do next. `name` is the
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -112,3 +113,19 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"Did you mean {close[0]}?" if close else ""
+
+
+def understand(error: BaseException, debug: bool) -> StepsError:
+    """A failure of the machine, or of us, in the user's words."""
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted")
+    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+        return StepFailed("out of memory", hint="Use a smaller batch or pack_size, or a machine with more memory.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StepFailed(
+            f"the disk is full ({error.filename or 'while writing'})", hint="Free some space and run again."
+        )
+    if isinstance(error, OSError):
+        return StepFailed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    hint = "" if debug else "Run again with --debug for the traceback; it is a bug in steps, please report it."
+    return StepFailed(f"{type(error).__name__}: {error}", hint=hint)

@@ -60,10 +60,11 @@ class KnownError:
 
 @dataclass(frozen=True)
 class RunTable:
-    """How the step is launched."""
+    """How the step is launched. passthrough: whether it reads arguments behind `--`."""
 
     launch: str = "python"
     image: str = ""
+    passthrough: bool = False
     resources: Mapping[str, Any] = field(default_factory=dict)
 
 

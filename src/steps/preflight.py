@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from steps.artifacts.opening import Artifact, open_artifact
+from steps.artifacts.record import check_replaceable
 from steps.config.base import StepConfig
 from steps.config.validate import source_of
 from steps.errors import ArtifactError, Problem
@@ -40,6 +43,31 @@ def lookup(config: Any, key: str) -> Any:
     return config
 
 
+def _destination(port: Port, value: Any) -> Iterator[Problem]:
+    """Why the artifact of `port` cannot be written where `value` says."""
+    if value is None:
+        return
+    try:
+        path = Path(str(value)).expanduser()
+        check_replaceable(path, port.type)
+    except ArtifactError as error:
+        yield from (replace(problem, where=port.key) for problem in error.problems)
+        return
+    except (OSError, RuntimeError) as error:  # a name that is too long, a ~user that does not exist
+        yield _unusable(port.key, value, error)
+        return
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir():
+        yield Problem(where=port.key, what=f"{value} cannot be made: {above} is no directory")
+    elif not os.access(above, os.W_OK):
+        yield Problem(where=port.key, what=f"{value} cannot be written: {above} is read-only for you")
+
+
+def _unusable(key: str, value: Any, error: Exception) -> Problem:
+    reason = getattr(error, "strerror", None) or str(error)
+    return Problem(where=key, what=f"{value} cannot be used: {reason.lower()}")
+
+
 def check(manifest: Manifest, config: StepConfig, sources: Mapping[str, str] | None = None) -> Findings:
     """Open every artifact the manifest says the step consumes and hold them against the configuration."""
     inputs: dict[str, Artifact] = {}
@@ -55,14 +83,17 @@ def check(manifest: Manifest, config: StepConfig, sources: Mapping[str, str] | N
             continue
         try:
             inputs[port.key] = open_artifact(str(value), port.type, port.key)
+        except (OSError, RuntimeError) as error:
+            problems.append(_unusable(port.key, value, error))
         except ArtifactError as error:
             problems += error.problems
             if error.name == f"missing_{port.type}":
                 missing.append(port)
     if not problems:
         problems += config.check_inputs(inputs)
+    problems += (problem for port in manifest.produces for problem in _destination(port, lookup(config, port.key)))
     warnings = tuple(warning for artifact in inputs.values() for warning in artifact.warnings)
     located = (
         replace(problem, source=problem.source or source_of(problem.where, sources or {})) for problem in problems
     )
-    return Findings(inputs, tuple(located), warnings, tuple(missing))
+    return Findings(inputs, tuple(dict.fromkeys(located)), warnings, tuple(missing))

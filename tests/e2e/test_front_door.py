@@ -59,6 +59,15 @@ def test_the_front_door_is_light(arguments, tmp_path):
         (["run", "peft/megatron_bridge", "-c", "tiny", "-d", "optimizer.lr=${oc.env:NOT_SET}"], 3, "does not resolve"),
         (["run", "peft/megatron_bridge", "-c", "tiny", "-d"], 4, "missing_packed_parquet"),
         (["run", "peft/megatron_bridge", "-c", "tiny"], 4, "missing_checkpoint_megatron"),
+        (["run", "demo_chat", "-c", "tiny", "-d", "--", "--x"], 2, "takes no arguments behind --"),
+        (["run", "peft/megatron_bridge", "-d", "peft.dmi=4", "train.train_iters=abc"], 3, "Did you mean peft.dim?"),
+        (
+            ["run", "demo_chat", "-c", "tiny", "-d", "output_dir=/proc/x/y"],
+            4,
+            "output_dir: /proc/x/y cannot be written",
+        ),
+        (["run", "demo_chat", "-c", "tiny", "-d", "output_dir=/etc"], 4, "was not made by steps"),
+        (["run", "demo_chat", "-c", "tiny", "-d", f"output_dir={'x' * 300}"], 4, "name too long"),
         (["run", "demo_chat", "-c", "tiny", "-r", "nowhere"], 5, "there is no profile 'nowhere'"),
         (["run", "demo_chat", "-c", "tiny", "-d", "run.env.nodes=2"], 3, "run.env.nodes"),
     ],
@@ -72,9 +81,10 @@ def test_refused_with_a_way_out(arguments, code, message, tmp_path):
     assert not (tmp_path / ".steps").exists(), "nothing ran"
 
 
-def test_all_mistakes_at_once_with_their_sources(tmp_path):
+@pytest.mark.parametrize("config", ["tiny", "default"])
+def test_all_mistakes_at_once_with_their_sources(config, tmp_path):
     done = steps(
-        "run", "peft/megatron_bridge", "-c", "tiny", "-d", "peft.dmi=8", "peft.dim=x", "trane.x=1", cwd=tmp_path
+        "run", "peft/megatron_bridge", "-c", config, "-d", "peft.dmi=8", "peft.dim=x", "trane.x=1", cwd=tmp_path
     )
     assert done.returncode == 3
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 3

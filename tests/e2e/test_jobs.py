@@ -118,6 +118,38 @@ def test_values_arrive_as_data_not_as_shell(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_names_of_environment_variables_are_no_shell_either(tmp_path):
+    done = steps(*STEP, "run.env.env_vars.A;touch${IFS}pwned;B=1", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "is no name of an environment variable" in done.stderr
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("where", ["| true", ">/dev/full", ">&-"])
+def test_a_screen_that_cannot_be_written_never_ends_the_job(tmp_path, where):
+    command = f"{sys.executable} -m steps {' '.join(STEP)} {where}"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    (job,) = jobs(tmp_path)
+    assert status(job)["state"] == "succeeded"
+    assert (tmp_path / "output/tiny/chat/artifact.json").exists()
+
+
+def test_processes_under_torchrun_fail_once_with_their_own_exit_code(tmp_path):
+    """The input vanishes between check and start: every process finds out, one tells, and the code is theirs."""
+    (tmp_path / "config.yaml").write_text(
+        "engine: torch\nrecipe: {seq_length: 8}\ndataset: {nano3_packed_sft_dir: nowhere}\n"
+        "train: {train_iters: 1, global_batch_size: 2}\ncheckpoint: {pretrained_checkpoint: nowhere, save: out}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "steps.runtime.torchrun", "--standalone", "--nproc-per-node=2",
+         "-m", "steps.peft.megatron_bridge.step", "--config", "config.yaml"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert done.stderr.count("there is no packed_parquet at nowhere") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_secrets_never_reach_the_disk_or_the_screen(tmp_path):
     secret = "hf_0123456789abcdef"
     done = steps(
@@ -130,6 +162,31 @@ def test_secrets_never_reach_the_disk_or_the_screen(tmp_path):
     assert [path for path in written if secret.encode() in path.read_bytes()] == []
     assert secret not in done.stdout + done.stderr
     assert "HF_TOKEN: <secret>" in (jobs(tmp_path)[0] / "job.yaml").read_text()
+
+
+def test_a_secret_arrives_in_the_job_all_the_same(tmp_path):
+    """What the step sees is what its process was started with."""
+    secret = "hf_0123456789abcdef"
+    command = [sys.executable, "-m", "steps", *STEP, f"run.env.env_vars.HF_TOKEN={secret}"]
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'steps.data_prep' in ' '.join(sys.orig_argv):\n"
+        "    open(os.environ['SEEN'], 'w').write(os.environ.get('HF_TOKEN', ''))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "SEEN": str(tmp_path / "seen")}
+    assert subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert (tmp_path / "seen").read_text() == secret
+
+
+def test_a_secret_in_the_configuration_itself_is_refused(tmp_path):
+    done = steps(*STEP, "+wandb_api_key=abc", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "looks like a secret" in done.stderr
+
+
+def _signals_as_in_a_terminal() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -155,7 +212,7 @@ def endless(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         # A shell starts what it puts into the background (this test suite, say) with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_signals_as_in_a_terminal,
     )
     wait_for(lambda: jobs(tmp_path) and (jobs(tmp_path)[0] / "status.json").exists())
     time.sleep(1.0)
@@ -166,7 +223,7 @@ def endless(tmp_path):
     child.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_ends_the_job_with_130(endless, number):
     child, job = endless
     child.send_signal(number)

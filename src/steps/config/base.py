@@ -4,10 +4,11 @@ No `from __future__ import annotations` where sections are defined: pydantic wou
 text, a tenth of a dry run's CPU time.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 if TYPE_CHECKING:
     from steps.artifacts.opening import Artifact
@@ -55,6 +56,13 @@ class RunEnv(Section):
     )
     env_vars: dict[str, EnvVar] = Field(default_factory=dict, description="Environment variables of the job")
     mounts: list[str] = Field(default_factory=list, description="host:container mounts")
+
+    @field_validator("env_vars")
+    @classmethod
+    def _names(cls, variables: dict[str, str]) -> dict[str, str]:
+        if odd := [name for name in variables if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]:
+            raise ValueError(f"{odd[0]!r} is no name of an environment variable (letters, digits and _)")
+        return variables
 
 
 class Run(Section):

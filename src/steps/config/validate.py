@@ -104,6 +104,9 @@ def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
 
 def _unknown(key: str, siblings: list[str], cls: type[StepConfig], sources: Mapping[str, str]) -> Problem:
     parent, _, name = key.rpartition(".")
+    if any(full == key for full, _ in fields(cls)):
+        hint = f"Nest it in the YAML: {key.replace('.', ': {')}: …{'}' * key.count('.')}"
+        return Problem(where=key, what="a key with dots", source=source_of(key, sources), hint=hint)
     hint = suggest(name, siblings)
     if hint and parent:
         hint = hint.replace("Did you mean ", f"Did you mean {parent}.")

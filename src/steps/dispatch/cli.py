@@ -1,6 +1,7 @@
 """The command line: list, show, run. The only place that prints an error and ends the process."""
 
 import gc
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -9,7 +10,7 @@ import typer
 
 from steps import __version__
 from steps.dispatch import complete
-from steps.errors import StepsError, UsageError
+from steps.errors import StepsError, UsageError, understand
 
 app = typer.Typer(
     name="steps",
@@ -37,15 +38,26 @@ def main() -> NoReturn:
     if "--" in arguments:
         at = arguments.index("--")
         arguments, _passthrough = arguments[:at], tuple(arguments[at + 1 :])
+    # Closed by whoever started us (`steps list >&-`): then nobody reads.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123, for the whole process
+    sys.stderr = sys.stderr or sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII shows what it can
     try:
-        app(args=arguments, prog_name="steps")
+        app(args=arguments, prog_name="steps", standalone_mode=False)
     except StepsError as error:
         _fail(error)
-    except BrokenPipeError:  # `steps list | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `steps list | head`: nobody reads on, and nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(0) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own: an unknown option, a missing argument
+            error.show()
+            raise SystemExit(error.exit_code) from None
+        _fail(understand(error, "--debug" in arguments))
     raise SystemExit(0)
 
 

@@ -94,7 +94,7 @@ def _merge(composed: Composed, data: Mapping[str, Any], source: Any) -> None:
             for known in [entry for entry in composed.sources if entry == key or entry.startswith(f"{key}.")]:
                 del composed.sources[known]
             target[name] = _copy(value)
-            for path, _ in _leaves(value):
+            for path, _ in leaves(value):
                 leaf = _dotted((key, *path))
                 composed.sources[leaf] = source(leaf) or source(key)
             composed.sources.setdefault(key, source(key))
@@ -108,7 +108,7 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every scalar below `value`, with the keys and indices that lead to it."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
@@ -118,7 +118,7 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
     else:
         yield path, value
     for name, item in items:
-        yield from _leaves(item, (*path, name))
+        yield from leaves(item, (*path, name))
 
 
 def _dotted(path: Iterable[Any]) -> str:
@@ -131,10 +131,10 @@ def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     OmegaConf's grammar and resolvers (`${a.b}`, `${oc.env:NAME,default}`), and `${steps.package_file:PACKAGE,FILE}`: a
     file inside an installed package. OmegaConf is imported only when there is something that takes its grammar.
     """
-    waiting = {path: text for path, text in _leaves(data) if isinstance(text, str) and "${" in text}
+    waiting = {path: text for path, text in leaves(data) if isinstance(text, str) and "${" in text}
     if not waiting:
         return data
-    if all(_SIMPLE.fullmatch(text) for text in waiting.values()):
+    if all(map(_is_simple, waiting.values())):
         return _resolve_simple(data, waiting, sources)
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -173,6 +173,12 @@ def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
 # The two forms that shipped configurations use, whole and not nested. OmegaConf reads them the same way (a test
 # holds them together) but takes 0.05 CPU seconds to import.
 _SIMPLE = re.compile(r"\$\{(oc\.env|steps\.package_file):([\w.]+)(?:,([\w./-]*[A-Za-z/][\w./-]*))?\}")
+
+
+def _is_simple(text: str) -> bool:
+    match = _SIMPLE.fullmatch(text)
+    # OmegaConf reads a default of null, true or 1e5 as what it looks like.
+    return match is not None and (match[3] is None or isinstance(yaml12.scalar(match[3]), str))
 
 
 def _resolve_simple(

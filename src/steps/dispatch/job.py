@@ -21,19 +21,24 @@ JOBS = Path(".steps") / "jobs"
 MASK = "<secret>"
 # A name is secret when its last word says so: HF_TOKEN and DB_PASSWORD, not TOKENIZERS_PARALLELISM or PER_TOKEN_LOSS.
 _SECRET_WORDS = frozenset(
-    {"token", "secret", "password", "passwd", "passphrase", "apikey", "credential", "credentials", "auth"}
+    {"token", "tokens", "secret", "password", "passwd", "pass", "pwd", "passphrase", "key", "apikey", "pat", "auth"}
+    | {"credential", "credentials"}
 )
-_SECRET_KEYS = re.compile(r"(?:^|_)(?:api|access|private|secret|ssh|license|account)_key(?:_|$)")
+_SECRET_PARTS = re.compile(r"(?:^|_)(?:secrets?|password|(?:api|access|private|ssh|license|account)_key)(?:_|$)")
+# In a configuration `pad_token` and `key` are everyday words.
+_SECRET_TOKENS = re.compile(r"(?:^|_)(?:hf|hub|auth|access|api|bearer|wandb|ngc|github)_token$")
 
 
 def is_secret(name: str) -> bool:
     """Whether an environment variable of this name holds a secret."""
     lowered = name.lower()
-    return (
-        lowered.rpartition("_")[2] in _SECRET_WORDS
-        or "secret" in lowered.split("_")
-        or bool(_SECRET_KEYS.search(lowered))
-    )
+    return lowered.rpartition("_")[2] in _SECRET_WORDS or bool(_SECRET_PARTS.search(lowered))
+
+
+def is_secret_key(name: str) -> bool:
+    """Whether a configuration key of this name (its last part) holds a secret."""
+    lowered = name.lower()
+    return bool(_SECRET_PARTS.search(lowered) or _SECRET_TOKENS.search(lowered))
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def new_spec(
         profile=profile,
         executor=executor,
         env={name: value for name, value in variables.items() if not is_secret(name)},
-        secret_env={name: value for name, value in variables.items() if is_secret(name)},
+        # An empty token must not replace the one that the user is logged in with.
+        secret_env={name: value for name, value in variables.items() if is_secret(name) and value},
         torchrun=step.run.launch == "torchrun" and (torchrun or nprocs * nodes > 1),
         nodes=nodes,
         nprocs=nprocs if step.run.launch == "torchrun" else 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from steps.artifacts import graph
 from steps.config.base import StepConfig
 from steps.config.validate import validate
 from steps.dispatch import catalog, executors, profiles
-from steps.dispatch.compose import Composed, compose
-from steps.dispatch.job import JobSpec, new_spec
-from steps.errors import ArtifactError, ConfigError, Problem, StepsError, suggest
+from steps.dispatch.compose import Composed, compose, leaves
+from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
+from steps.errors import ArtifactError, ConfigError, Problem, StepsError, UsageError, suggest
 from steps.manifest import Manifest, Port
 
 
@@ -52,6 +52,8 @@ def prepare(
     Raises UsageError, ConfigError or ExecutorError for what makes the configuration itself wrong; what is wrong with
     its inputs or with running it here is in `problems`.
     """
+    if passthrough and not step.run.passthrough:
+        raise UsageError(f"{step.id} takes no arguments behind --, got {' '.join(passthrough)!r}")
     chosen = profiles.load(profile)
     executor = executors.get(chosen.executor)
     environment = {**chosen.env, "_source": f"profile {chosen.name}"} if chosen.env else None
@@ -63,6 +65,8 @@ def prepare(
         executor=chosen.executor, torchrun=config.wants_torchrun(), passthrough=passthrough, debug=debug,
     )  # fmt: skip
     problems = [*findings.problems, *executor.check(config)]
+    empty = [name for name in config.run.env.env_vars if is_secret(name) and not config.run.env.env_vars[name]]
+    notes += [f"run.env.env_vars.{name} is empty: what this shell holds under that name stays" for name in empty]
     return Planned(step, config_name, composed, config, findings, problems, notes, spec)
 
 
@@ -88,10 +92,21 @@ def typed(step: Manifest, composed: Composed) -> tuple[StepConfig, list[str]]:
             what, source = f"{value!r} is not one of the choices", composed.sources.get(parameter.name, "")
             hint = suggest(str(value), choices)
             problems.append(Problem(parameter.name, what, source=source, allowed=", ".join(choices), hint=hint))
+    problems += _secrets(composed)
     if problems:
         raise ConfigError(problems)
     assert result is not None
     return result
+
+
+def _secrets(composed: Composed) -> Iterator[Problem]:
+    """Secrets outside of run.env.env_vars: what a step reads from its configuration is on disk for everybody."""
+    for path, value in leaves(composed.data):
+        key = ".".join(map(str, path))
+        if isinstance(value, str) and value and is_secret_key(str(path[-1])) and path[:3] != ("run", "env", "env_vars"):
+            what = "looks like a secret, and the configuration is written to the job's directory"
+            hint = "Give it as run.env.env_vars.NAME, which is passed on in memory."
+            yield Problem(key, what, source=composed.sources.get(key, ""), hint=hint)
 
 
 def chain(target: Planned) -> list[Planned]:

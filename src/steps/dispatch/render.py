@@ -126,11 +126,13 @@ def show_value(value: Any) -> str:
 
 def annotated(data: Mapping[str, Any], sources: Mapping[str, str]) -> Iterator[str]:
     """YAML with a comment behind each value that says where it came from."""
+    from steps.config.validate import source_of
+
     lines = list(_yaml_lines(data, "", 0))
     column = min(64, max((len(text) for text, _ in lines), default=0)) + 2
     for text, key in lines:
-        source = sources.get(key, "") if key else ""
-        yield f"{text.ljust(column)}{dim('# ' + source)}" if source else text
+        source = source_of(key, sources) if key else ""
+        yield f"{text.ljust(column - 1)} {dim('# ' + source)}" if source else text
 
 
 def _yaml_lines(data: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, str]]:

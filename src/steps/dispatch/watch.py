@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import sys
@@ -18,6 +19,8 @@ class Watch:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._log = (directory / "log").open("rb")
+        # A character may be half written when we look.
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self.draws_bars = sys.stdout.isatty()
         self._bars: Any = None
         self._shown: tuple[str, float] | None = None
@@ -26,7 +29,7 @@ class Watch:
 
     def update(self) -> None:
         """Print what is new in the log and move the bar."""
-        text = self._log.read().decode(errors="replace")
+        text = self._decode(self._log.read())
         if text:
             if self._bars is not None:
                 self._bars.console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from steps.artifacts.opening import Artifact
 from steps.config import yaml12
 from steps.config.base import StepConfig
 from steps.config.validate import validate
-from steps.errors import Interrupted, StepFailed, StepsError
+from steps.errors import Interrupted, StepsError, UsageError, understand
 from steps.manifest import Manifest
 from steps.manifest import read as read_manifest
 from steps.runtime.progress import Reporter
@@ -146,6 +147,8 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[Any]:
+    if passthrough and not manifest.run.passthrough:
+        raise UsageError(f"{manifest.id} takes no arguments behind --, got {' '.join(passthrough)!r}")
     cls = importlib.import_module(manifest.schema_module).Config
     data, lines = yaml12.load(path)
     sources = {key: f"{path.name}:{line}" for key, line in lines.items()}
@@ -183,25 +186,22 @@ def _tell(error: BaseException, manifest: Manifest | None, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if not isinstance(error, StepsError):
-        error = _understand(error, debug)
-    for problem in error.problems:
-        print(f"error: {manifest.explain(problem) if manifest else problem}", file=sys.stderr)
+        error = understand(error, debug)
+    if _first_to_tell():
+        for problem in error.problems:
+            print(f"error: {manifest.explain(problem) if manifest else problem}", file=sys.stderr)
     return error.exit_code
 
 
-def _understand(error: BaseException, debug: bool) -> StepsError:
-    """A failure of the machine, or of us, in the user's words."""
-    import errno
-
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted")
-    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
-        return StepFailed("out of memory", hint="Use a smaller batch or pack_size, or a machine with more memory.")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StepFailed(
-            f"the disk is full ({error.filename or 'while writing'})", hint="Free some space and run again."
-        )
-    if isinstance(error, OSError):
-        return StepFailed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    hint = "" if debug else "Run again with --debug for the traceback; it is a bug in steps, please report it."
-    return StepFailed(f"{type(error).__name__}: {error}", hint=hint)
+def _first_to_tell() -> bool:
+    """Whether this process tells the failure: of several that fail for the same reason, the first one does."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run is None:
+        return True
+    try:
+        (Path(tempfile.gettempdir()) / f"steps-{run}-{os.environ.get('MASTER_PORT')}.told").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True

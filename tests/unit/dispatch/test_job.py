@@ -19,7 +19,20 @@ from steps.errors import ExecutorError
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "hf_token", "GITHUB_AUTH", "SSH_KEY_FILE"],
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+        "hf_token",
+        "GITHUB_AUTH",
+        "SSH_KEY_FILE",
+        "OPENAI_KEY",
+        "DB_PASS",
+        "MYSQL_PWD",
+        "GITHUB_PAT",
+        "HF_TOKENS",
+    ],
 )
 def test_secrets_are_known_by_the_words_of_their_name(name):
     assert is_secret(name)
@@ -34,7 +47,7 @@ def test_secrets_are_known_by_the_words_of_their_name(name):
         "MONKEY",
         "AUTHOR",
         "OMP_NUM_THREADS",
-        "KEY",
+        "PATH",
     ],
 )
 def test_words_that_only_look_alike_are_not(name):
@@ -70,7 +83,7 @@ def test_the_script_as_a_whole(tmp_path):
     assert script(given).replace(sys.executable, "PYTHON") == (
         "#!/bin/sh\n"
         "export NAME='it'\"'\"'s $HOME'\n"
-        "exec PYTHON -m torch.distributed.run --standalone --nproc-per-node=2 "
+        "exec PYTHON -m steps.runtime.torchrun --standalone --nproc-per-node=2 "
         "-m steps.test.fake.step --config 'jobs/x y/config.yaml' --debug -- --flag 'a b'\n"
     )
 
@@ -102,3 +115,9 @@ def test_the_supervisor_of_a_detached_job_reports_its_exit_code(tmp_path, monkey
     assert subprocess.run(command).returncode == 7
     assert (given.directory / "log").read_text() == "said\n"
     assert '"state": "failed"' in (given.directory / "status.json").read_text()
+
+
+def test_an_empty_secret_does_not_replace_the_one_of_the_shell(tmp_path):
+    given = spec(tmp_path, env_vars={"HF_TOKEN": "", "EMPTY": ""})
+    assert given.secret_env == {}
+    assert given.env == {"EMPTY": ""}

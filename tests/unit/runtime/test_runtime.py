@@ -7,8 +7,7 @@ import json
 
 import pytest
 
-from steps import runtime
-from steps.errors import ConfigError, StepFailed
+from steps.errors import ConfigError, StepFailed, understand
 from steps.runtime.progress import Reporter, short
 from steps.runtime.sinks import sinks
 
@@ -105,8 +104,8 @@ def test_a_missing_logger_package_is_named(monkeypatch):
 )
 def test_failures_of_the_machine_in_words(error, message):
     with pytest.raises(StepFailed, match=message):
-        raise runtime._understand(error, debug=False)
+        raise understand(error, debug=False)
 
 
 def test_interruption_has_its_exit_code():
-    assert runtime._understand(KeyboardInterrupt(), debug=False).exit_code == 130
+    assert understand(KeyboardInterrupt(), debug=False).exit_code == 130

@@ -57,7 +57,7 @@ def script(spec: JobSpec) -> str:
     python = [sys.executable]
     if spec.torchrun:
         # --standalone picks a free rendezvous port, so that two jobs on one machine never meet.
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.nprocs}"]
+        python += ["-m", "steps.runtime.torchrun", "--standalone", f"--nproc-per-node={spec.nprocs}"]
     exports = [f"export {name}={quote([value])}" for name, value in spec.env.items()]
     return "\n".join(["#!/bin/sh", *exports, f"exec {quote([*python, *step_arguments(spec)])}", ""])
 
@@ -80,20 +80,23 @@ def supervise(directory: Path, environment: Mapping[str, str], *, watched: bool)
     status.handle = {"pid": child.pid, "host": os.uname().nodename}
     status.write(directory)
     stopped = False
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A lost terminal (SIGHUP) stops the job as Ctrl-C does, unless it was started to outlive it (nohup).
+    hooked = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in hooked}
     try:
         while child.poll() is None:
             try:
-                if watch:
-                    watch.update()
+                watch = _look(watch)
                 time.sleep(_POLL_SECONDS)
             except KeyboardInterrupt:
                 stopped = True
                 _stop(child)
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        if watch:
-            watch.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    watch = _look(watch)
+    if watch:
+        watch.close()
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
     status = read_status(directory)
     status.state = "cancelled" if stopped else "succeeded" if code == 0 else "failed"
@@ -102,6 +105,16 @@ def supervise(directory: Path, environment: Mapping[str, str], *, watched: bool)
     status.ended_at = utc_now()
     status.write(directory)
     return status.exit_code
+
+
+def _look(watch: Watch | None) -> Watch | None:
+    """Show what is new. A screen that cannot be written to (`| head`, a full disk) ends the watching, never the job."""
+    try:
+        if watch:
+            watch.update()
+    except (OSError, ValueError):
+        return None
+    return watch
 
 
 def _reason(code: int, stopped: bool) -> str:
