@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.chat import smollm_gguf
-from support.models import save_hf, save_tokenizer
+from support.models import change_tensor, save_hf, save_tokenizer
 from support.run_step import run_step
 
 from steps.artifacts.opening import open_artifact
@@ -235,6 +235,31 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(source, tmp_path):
     done = to_hf(tmp_path, megatron_path="source")
     assert done.returncode == 4
     assert "source is no checkpoint_megatron" in done.stderr
+
+
+def flip(file):
+    """Change one bit of the last tensor: same size, another model."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def test_weights_that_changed_under_their_record_are_not_passed_on(source, tmp_path):
+    assert to_megatron(tmp_path).returncode == 0
+    assert to_hf(tmp_path).returncode == 0
+    flip(tmp_path / "back" / "model.safetensors")
+    done = to_megatron(tmp_path, hf_model_id="back", megatron_path="again")
+    assert done.returncode == 4
+    assert "back is damaged: its weights have the fingerprint" in done.stderr
+    assert "[damaged_artifact]" in done.stderr
+    assert to_megatron(tmp_path, hf_model_id="back", megatron_path="cast", dtype="float32").returncode == 0
+    change_tensor(tmp_path / "megatron" / "iter_0000000")
+    done = to_hf(tmp_path, hf_path="back2")
+    assert done.returncode == 4
+    assert "iter_0000000 is damaged: its weights have the fingerprint" in done.stderr
+    assert "[damaged_artifact]" in done.stderr
+    assert not [name for name in ("again", "back2") if (tmp_path / name).exists()]
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_config_and_tokenizer_can_come_from_a_model_of_the_same_shape(source, tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import save_hf, save_tokenizer
+from support.models import change_tensor, save_hf, save_tokenizer
 from support.run_step import run_step
 
 from steps.artifacts.record import Record, digest_files
@@ -202,6 +202,17 @@ def test_another_base_without_a_record_is_refused_before_anything_is_published(c
     assert "[base_model_mismatch]" in done.stderr
     assert not (chain / "merged").exists()
     assert not list(chain.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["adapter with record", "adapter without"])
+def test_a_base_that_changed_under_its_record_is_refused(chain, record):
+    save_adapter(chain / "mine", chain / "base", record=record)
+    change_tensor(chain / "base" / "iter_0000000")
+    done = merge(chain, lora_checkpoint="mine")
+    assert done.returncode == 4
+    assert "is damaged: its weights have the fingerprint" in done.stderr
+    assert "[damaged_artifact]" in done.stderr
+    assert not (chain / "merged").exists()
 
 
 def test_a_base_of_another_shape_is_refused(chain):

@@ -92,3 +92,19 @@ def save_tokenizer(directory: Path) -> Any:
     )
     tokenizer.save_pretrained(directory)
     return tokenizer
+
+
+def change_tensor(iteration: Path) -> None:
+    """Change one bit of a weight in an iter_NNNNNNN folder, in place: every file keeps its size."""
+    from steps.engine.checkpoint import megatron
+
+    tensor = next(iter(megatron.Checkpoint.open(iteration).tensors.values())).load().contiguous()
+    wanted = tensor.view(torch.uint8).numpy().tobytes()
+    for file in iteration.glob("*.distcp"):
+        data = bytearray(file.read_bytes())
+        at = data.find(wanted)
+        if at >= 0:
+            data[at] ^= 1
+            file.write_bytes(data)
+            return
+    raise AssertionError("the weight is in no file")

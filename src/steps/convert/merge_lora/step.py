@@ -23,6 +23,7 @@ def run(job: Job[Config]) -> None:
     """Merge tensor by tensor, then let the merged model speak."""
     config, log = job.config, job.progress.log
     facts = job.inputs["lora_checkpoint"].facts
+    base_key = "base_hf_path" if config.base_megatron_path is None else "base_megatron_path"
     if config.base_megatron_path is not None:
         base = megatron_source(Path(config.base_megatron_path).expanduser())
     else:
@@ -33,8 +34,15 @@ def run(job: Job[Config]) -> None:
     for warning in config.warnings(facts, tokenizer_facts(tokenizer)):
         log(f"warning: {warning}")
     with job.produce("output_hf_path") as out:
-        fingerprint = facts.get("base_fingerprint")
-        done = merge(base, adapter, method.merge, out.path, base_fingerprint=fingerprint, progress=job.progress)
+        done = merge(
+            base,
+            adapter,
+            method.merge,
+            out.path,
+            base_fingerprint=facts.get("base_fingerprint"),
+            recorded_fingerprint=job.inputs[base_key].facts.get("base_fingerprint"),
+            progress=job.progress,
+        )
         if tokenizer is not None:
             tokenizer.save(out.path)
         out.facts.update(done.facts(), **tokenizer_facts(tokenizer), merged=dict(adapter.section))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.errors import ArtifactError
 
 #: Dtypes in safetensors' notation.
 DTYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -54,6 +56,16 @@ class Fingerprint:
         self._settle()
         assert self._names == set(self._lines), f"not loaded: {sorted(self._names - set(self._lines))[:3]}"
         return hashlib.sha256("".join(self._lines[name] for name in sorted(self._lines)).encode()).hexdigest()
+
+
+def verify(read: str, recorded: str | None, path: Path) -> None:
+    """Hold the fingerprint of the weights that were read from `path` against the one that its record states, if any.
+
+    Raises ArtifactError (damaged_artifact): files may keep their sizes and hold other bytes.
+    """
+    if recorded is not None and read != recorded:
+        what = f"{path} is damaged: its weights have the fingerprint {read[:12]}…, its record says {recorded[:12]}…"
+        raise ArtifactError(what, hint="Make the checkpoint again.", name="damaged_artifact")
 
 
 def line(name: str, tensor: Tensor) -> str:

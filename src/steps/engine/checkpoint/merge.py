@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import Converted, converted
-from steps.engine.checkpoint.fingerprint import Fingerprint
+from steps.engine.checkpoint.fingerprint import Fingerprint, verify
 from steps.engine.checkpoint.hf import SHARD_BYTES, Source, write_directory
 from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
 from steps.engine.progress import SILENT, Progress
@@ -86,6 +86,7 @@ def merge(
     directory: Path,
     *,
     base_fingerprint: str | None,
+    recorded_fingerprint: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> Converted:
@@ -93,8 +94,10 @@ def merge(
 
     merge_weight:     the adapter method's `merge`.
     base_fingerprint: that of the base the adapter was trained on; None when its record does not tell.
+    recorded_fingerprint: what the base's own record states; None when it has none.
     Raises ArtifactError base_model_mismatch when an adapted linear does not exist in the base, or the adapter was
-    trained on other weights. The latter is certain only when all were read: publish only if this returns.
+    trained on other weights; damaged_artifact when the base is not what its record says. What the weights are is
+    certain only when all were read: publish only if this returns.
     """
     read, written = Fingerprint(), Fingerprint()
     parameters = mapping.to_megatron(base.config, read.watch(base.tensors), str(base.path))
@@ -111,6 +114,7 @@ def merge(
     }
     tensors = written.watch(mapping.to_hf(base.config, merged))
     write_directory(directory, tensors, base.files, shard_bytes=shard_bytes, progress=progress, label="merge")
+    verify(read.digest(), recorded_fingerprint, base.path)
     if base_fingerprint is not None and read.digest() != base_fingerprint:
         raise _mismatch(
             f"the adapter was trained on a base with fingerprint {base_fingerprint[:12]}…, "
