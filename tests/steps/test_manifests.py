@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,15 +79,68 @@ def test_every_parameter_of_the_typed_config_is_described(step):
     assert [key for key, info in fields(schema(step)) if not info.description] == []
 
 
+def file_of(module: str) -> Path | None:
+    """The source of a module of this project; None for what is no module (a class, a function)."""
+    path = SOURCE.parent.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of this project that a file imports, at its top or in a function."""
+    names = set()
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import, which is not followed here"
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.split(".")[0] == "steps"}
+
+
+def reachable(*modules: str) -> set[Path]:
+    """The files of `modules` and of all that these import, however far."""
+    found, waiting = set(), list(modules)
+    while waiting:
+        file = file_of(waiting.pop())
+        if file is not None and file not in found:
+            found.add(file)
+            waiting += imported(file)
+    return found
+
+
+def quoted(file: Path) -> set[str]:
+    """The string constants of a file; comments and what stands inside longer texts are none."""
+    return {node.value for node in ast.walk(parsed(file)) if isinstance(node, ast.Constant) and type(node.value) is str}
+
+
 @pytest.mark.parametrize("step", STEPS, ids=ids)
 def test_every_named_error_is_one_that_the_code_raises(step):
-    """A missing_<type> comes from opening the artifact; any other name must stand in the code, quoted."""
-    code = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    """A missing_<type> comes from opening the artifact; any other name must stand in code that this step can reach."""
+    # The dispatcher and the runtime open artifacts for every step.
+    files = reachable(step.module, step.schema_module, "steps.preflight", "steps.artifacts.opening")
+    assert not [file for file in files if "dispatch" in file.parts]
+    names = set().union(*map(quoted, files))
     general = {f"missing_{port.type}" for port in step.consumes}
     for error in step.errors:
-        assert error.name in general or re.search(rf"['\"]{error.name}['\"]", code), error.name
+        assert error.name in general | names, error.name
         assert error.cause
         assert error.recovery
+
+
+def test_an_error_of_another_step_is_not_taken_for_ones_own():
+    """What the test above follows, and what not: packing cannot raise what only training does."""
+    step = catalog.catalog()["data_prep/sft_packing"]
+    files = reachable(step.module, step.schema_module)
+    assert SOURCE / "engine/data/sft.py" in files
+    assert SOURCE / "artifacts/opening.py" in files
+    names = set().union(*map(quoted, files))
+    assert "no_rows_left" in names
+    assert not {"non_finite_loss", "base_model_mismatch", "run_mismatch"} & names
 
 
 @pytest.mark.parametrize(("step", "name"), CONFIGS, ids=ids)
