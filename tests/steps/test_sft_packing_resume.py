@@ -190,7 +190,6 @@ def test_a_second_run_beside_the_first_is_refused(tmp_path):
 
 
 MEASURE = """
-import resource, sys
 from pathlib import Path
 from steps.engine.data import blend, reading, sft
 from steps.engine.data.tokenizer import Tokenizer
@@ -201,19 +200,29 @@ out.mkdir()
 files = reading.examine(blend.resolve("chat.jsonl"))
 plan = sft.Plan(Tokenizer.load("tokenizer"), files, Settings(pack_size=2048))
 report = sft.pack_conversations(out, plan, SILENT)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, report["splits"]["train"]["tokens"])
+status = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")), report["rows"]["kept"])
 """
 
 
+def peak_of_packing(cwd: Path, number: int) -> tuple[float, float]:
+    """(MB of text, MB at the peak) of a process of its own that packs `number` conversations."""
+    cwd.mkdir()
+    configure(cwd, ({"messages": say("a lazy dog " * 60, "the quick brown fox " * 40)} for _ in range(number)))
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=cwd, capture_output=True, text=True, check=True)
+    peak, kept = map(int, done.stdout.split())
+    assert kept == number
+    return (cwd / "chat.jsonl").stat().st_size / 2**20, peak / 2**10
+
+
+def test_four_times_the_text_takes_no_more_memory(tmp_path):
+    (text, peak), (more, higher) = (peak_of_packing(tmp_path / str(n), n) for n in (4_000, 16_000))
+    assert more - text > 16
+    assert higher - peak < (more - text) / 4, (peak, higher)
+
+
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_text(tmp_path):
-    peaks, sizes = [], []
-    for number in (3_000, 30_000):
-        cwd = tmp_path / str(number)
-        cwd.mkdir()
-        configure(cwd, ({"messages": say("a lazy dog " * 60, "the quick brown fox " * 40)} for _ in range(number)))
-        sizes.append((cwd / "chat.jsonl").stat().st_size / 2**20)
-        done = subprocess.run([sys.executable, "-c", MEASURE], cwd=cwd, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[0]))
-    assert sizes[1] - sizes[0] > 35
-    assert peaks[1] - peaks[0] < 20, (peaks, sizes)
+def test_memory_does_not_grow_with_much_text(tmp_path):
+    (text, peak), (more, higher) = (peak_of_packing(tmp_path / str(n), n) for n in (3_000, 60_000))
+    assert more - text > 80
+    assert higher - peak < 20, (peak, higher)
