@@ -25,6 +25,12 @@ def iteration_dir(path: Path, iteration: int | None = None) -> Path | None:
     return folder if (folder / ".metadata").is_file() else None
 
 
+def iterations(path: Path) -> list[int]:
+    """The whole iterations in a checkpoint directory, in order."""
+    names = (found.parent.name[5:] for found in path.glob("iter_*/.metadata"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def home(path: Path) -> Path:
     """The artifact's directory, where the record is, for a path to it or to one of its `iter_NNNNNNN` folders."""
     return path.parent if path.name.startswith("iter_") and (path / ".metadata").is_file() else path

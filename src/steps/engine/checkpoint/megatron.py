@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steps.artifacts.checkpoint import LATEST, iteration_dir
+from steps.artifacts.checkpoint import LATEST, iteration_dir, iterations
 from steps.artifacts.record import write_text
 from steps.config import yaml12
 from steps.engine.checkpoint import dcp
@@ -180,6 +180,22 @@ def _replace_file(source: Path, place: Path) -> None:
     beside.replace(place)
 
 
+def rewind(directory: Path, iteration: int) -> None:
+    """Make a saved iteration the latest one and remove those after it.
+
+    Killed at any moment, `latest` names a whole iteration and no half of one is left under its name; what is left of
+    the removed ones is `.iter_NNNNNNN.partial`.
+    """
+    folder = directory / f"iter_{iteration:07d}"
+    _replace_file(folder / _TRAIN_STATE, directory / f"latest_{_TRAIN_STATE}")
+    write_text(directory / LATEST, str(iteration))
+    _sync_folder(directory)
+    for later in (number for number in iterations(directory) if number > iteration):
+        gone = directory / f".iter_{later:07d}.partial"
+        (directory / f"iter_{later:07d}").rename(gone)
+        shutil.rmtree(gone)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One iteration of a torch_dist checkpoint, opened for reading. Nothing is loaded until it is asked for."""
@@ -287,9 +303,3 @@ class Checkpoint:
 
     def _beside(self, name: str) -> tuple[Path, Path]:
         return self.folder / name, self.folder.parent / name
-
-
-def iterations(path: Path) -> list[int]:
-    """The whole iterations in a checkpoint directory, in order."""
-    names = (found.parent.name[5:] for found in path.glob("iter_*/.metadata"))
-    return sorted(int(name) for name in names if name.isdigit())

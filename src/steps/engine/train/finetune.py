@@ -23,6 +23,7 @@ from steps.engine.train.loop import Trainer
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan
 from steps.engine.train.precision import compute_dtype
+from steps.engine.train.resume import too_far
 from steps.engine.train.saving import Position, Saver, finished, place, restore, source
 from steps.errors import ArtifactError, ConfigError, Problem
 
@@ -68,13 +69,16 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
                 saver.save(position, trained, optimizer)
             here.barrier()
 
+        here.barrier()  # every process has found and read what this one now clears away
+        if here.is_main:
+            saver.go_back(position, trained, optimizer)
         trainer = Trainer(plan, trained, optimizer, train_split, valid_split, here, progress)
         if position.iteration < plan.train.train_iters:
             trainer.run(position, save)
         elif found is not None and found.folder.parent != plan.save_dir:
             save(position)
         if here.is_main:
-            saver.finish(position)
+            saver.finish(position, trained)
         return Result(record.facts, trainer.tokens_per_second)
 
 
@@ -130,15 +134,8 @@ def _announce(
     found: megatron.Checkpoint | None,
     progress: Progress,
 ) -> None:
-    train_iters = plan.train.train_iters
-    if position.iteration > train_iters:
-        raise ConfigError(
-            Problem(
-                where="train.train_iters",
-                what=f"is {train_iters}, but the run in {plan.save_dir} has come to iteration {position.iteration}",
-                hint="Set checkpoint.ckpt_step to go back, or choose another checkpoint.save.",
-            )
-        )
+    if problem := too_far(plan, position.iteration):
+        raise ConfigError(problem)
     if found is None:
         dtype = str(trained.decoder.output_weight.dtype).removeprefix("torch.")
         progress.log(
@@ -146,4 +143,4 @@ def _announce(
             f"base computed in {dtype}"
         )
     else:
-        progress.log(f"going on from {found.folder}, iteration {position.iteration} of {train_iters}")
+        progress.log(f"going on from {found.folder}, iteration {position.iteration} of {plan.train.train_iters}")

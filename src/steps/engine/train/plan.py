@@ -40,19 +40,43 @@ class Plan:
         """By dotted key, everything that a run may not change when it goes on from a checkpoint.
 
         Not in it: train_iters (a run may go on longer), what only splits the same work differently (micro batches,
-        processes), and how often it is evaluated, logged and saved.
+        processes), and how often it is evaluated, logged and saved. The dtype it computes in may not change either, but
+        is known only where it runs: `mismatches` and `saving.restore` look at it.
         """
         sections: dict[str, dict[str, Any]] = {
             "peft": self.peft.model_dump(),
             "optimizer": self.optimizer.model_dump(),
             "scheduler": self.scheduler.model_dump(),
             "rng": self.rng.model_dump(),
-            "train": self.train.model_dump(include={"global_batch_size", "precision"}),
+            "train": self.train.model_dump(include={"global_batch_size"}),
         }
         keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         base = self.facts.get("base_fingerprint") or str(self.base_dir.resolve())
         data = self.facts.get("data_digest") or str(self.packed_dir.resolve())
         return {"checkpoint.pretrained_checkpoint": base, "dataset.nano3_packed_sft_dir": data, **keys}
+
+    def rollback(self) -> dict[str, Any] | None:
+        """What a run that goes back is known by in the record: the same again goes on; None for one that does not."""
+        checkpoint = self.checkpoint
+        if checkpoint.ckpt_step is None:
+            return None
+        return {"ckpt_step": checkpoint.ckpt_step, "load": checkpoint.load, "train_iters": self.train.train_iters}
+
+
+def mismatches(plan: Plan, facts: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """What keeps `plan` from going on in the artifact at `where`, whose record has these facts."""
+    yield from differences(plan.identity(), facts.get("identity", {}), where)
+    asked, computed = plan.train.precision, facts.get("compute_dtype")
+    if asked != "auto" and computed is not None and asked != computed:
+        yield other_precision(asked, computed, where)
+
+
+def other_precision(mine: str, theirs: str, where: str) -> Problem:
+    """The fault of going on in another dtype than the run has computed in so far."""
+    return Problem(
+        where="train.precision", what=f"the base is computed in {mine}, but for the checkpoint at {where} in {theirs}",
+        name="run_mismatch", hint=f"Set train.precision={theirs} to go on, or choose another checkpoint.save.",
+    )  # fmt: skip
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> Iterator[Problem]:

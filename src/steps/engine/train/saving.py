@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from steps.artifacts import record as records
-from steps.artifacts.checkpoint import iteration_dir
+from steps.artifacts.checkpoint import iterations
 from steps.artifacts.record import Record
 from steps.engine.adapters.base import Adapters, Method
 from steps.engine.checkpoint import megatron
 from steps.engine.train.optim import AdamW
-from steps.engine.train.plan import Plan, differences
-from steps.errors import ArtifactError, Problem
+from steps.engine.train.plan import Plan, differences, mismatches, other_precision
+from steps.engine.train.resume import find
+from steps.errors import ArtifactError
 
 TYPE = "checkpoint_lora"
 # Settings of a method that stand in the record by themselves; all of them are in facts["peft"].
@@ -59,9 +60,11 @@ def finished(plan: Plan) -> Record | None:
     Raises ArtifactError when what is there belongs to another run, or is complete and damaged.
     """
     known = records.read(plan.save_dir)
-    if known is None or not known.facts.get("finished") or plan.checkpoint.ckpt_step is not None:
+    if known is None or not known.facts.get("finished"):
         return None
-    if problems := list(differences(plan.identity(), known.facts.get("identity", {}), str(plan.save_dir))):
+    if plan.checkpoint.ckpt_step is not None and known.facts.get("rollback") != plan.rollback():
+        return None
+    if problems := list(mismatches(plan, known.facts, str(plan.save_dir))):
         raise ArtifactError(problems)
     if known.facts["iteration"] != plan.train.train_iters:
         return None
@@ -75,35 +78,19 @@ def finished(plan: Plan) -> Record | None:
 
 
 def source(plan: Plan) -> megatron.Checkpoint | None:
-    """The checkpoint that the run goes on from; None for a fresh start.
-
-    The run's own saves come first, so that the same command after a kill loses nothing; then checkpoint.load.
-    Raises ArtifactError when checkpoint.load or checkpoint.ckpt_step names something that is not there.
-    """
-    step, load = plan.checkpoint.ckpt_step, plan.checkpoint.load
-    if load is not None and not Path(load).expanduser().exists():
-        raise ArtifactError(Problem(where="checkpoint.load", what=f"there is no {TYPE} at {load}"))
-    places = [plan.save_dir] if load is None else [plan.save_dir, Path(load).expanduser()]
-    for path in places:
-        if iteration_dir(path, step) is not None:
-            return megatron.Checkpoint.open(path, step)
-    if step is not None:
-        have = sorted({number for path in places for number in megatron.iterations(path)})
-        raise ArtifactError(
-            Problem(
-                where="checkpoint.ckpt_step",
-                what=f"no iteration {step} is saved in {' or '.join(map(str, places))}",
-                allowed=", ".join(map(str, have)),
-                hint="" if have else "Leave ckpt_step out to start afresh.",
-            )
-        )
-    return megatron.Checkpoint.open(places[-1]) if load is not None else None
+    """The checkpoint that `resume.find` finds, opened; None for a fresh start."""
+    found = find(plan)
+    return None if found is None else megatron.Checkpoint.open(found.folder)
 
 
 def restore(checkpoint: megatron.Checkpoint, plan: Plan, adapters: Adapters, optimizer: AdamW) -> Position:
     """Fill adapters and optimizer from a checkpoint. Raises ArtifactError when it belongs to another run."""
     state = checkpoint.training_state()
-    if problems := list(differences(plan.identity(), state["identity"], str(checkpoint.folder.parent))):
+    where, dtype = str(checkpoint.folder.parent), _compute_dtype(adapters)
+    problems = list(differences(plan.identity(), state["identity"], where))
+    if state["compute_dtype"] != dtype:
+        problems.append(other_precision(dtype, state["compute_dtype"], where))
+    if problems:
         raise ArtifactError(problems)
     try:
         adapters.load({name: tensor.load() for name, tensor in checkpoint.tensors.items()})
@@ -119,21 +106,37 @@ class Saver:
 
     base:   the checkpoint whose run_config.yaml describes the model.
     counts: parameters and trainable_parameters, for the record.
+    rollback: what `Plan.rollback` says, once checkpoint.save has been brought there.
     """
 
     plan: Plan
     base: megatron.Checkpoint
     record: Record
     counts: Mapping[str, int]
+    rollback: Mapping[str, Any] | None = None
+
+    def go_back(self, position: Position, adapters: Adapters, optimizer: AdamW) -> None:
+        """Make `position`, where the run goes on from, the end of what checkpoint.save holds; nothing else may mix.
+
+        Only then does the record name the rollback: killed before, the same command goes back again; killed after, it
+        goes on from what it has saved since.
+        """
+        home = self.plan.save_dir
+        saved = iterations(home)
+        if saved and position.iteration not in saved:  # it comes from checkpoint.load
+            self.save(position, adapters, optimizer)
+        if saved and saved[-1] > position.iteration:
+            self._unseal(position, adapters)
+            self.record.write(home)
+            megatron.rewind(home, position.iteration)
+        self.rollback = self.plan.rollback()
 
     def save(self, position: Position, adapters: Adapters, optimizer: AdamW) -> None:
         """Add `iter_NNNNNNN`; then the record knows of it."""
         home = self.plan.save_dir
         fresh = not home.exists() or not any(home.iterdir())
         directory = _beside(home) if fresh else home
-        # An older digest would call the files that come now damage.
-        self.record.digest, self.record.files = "", {}
-        self.record.facts.update(self._facts(position, finished=False))
+        self._unseal(position, adapters)
         if not fresh:
             self.record.write(directory)
         megatron.write(
@@ -145,6 +148,7 @@ class Saver:
             consumed_samples=position.consumed_samples,
             training_state={
                 "identity": self.plan.identity(),
+                "compute_dtype": _compute_dtype(adapters),
                 "iteration": position.iteration,
                 "consumed_samples": position.consumed_samples,
                 "history": position.history,
@@ -157,20 +161,26 @@ class Saver:
                 home.rmdir()
             directory.rename(home)
 
-    def finish(self, position: Position) -> None:
+    def _unseal(self, position: Position, adapters: Adapters) -> None:
+        # An older digest would call the files that come now damage.
+        self.record.digest, self.record.files = "", {}
+        self.record.facts.update(self._facts(position, adapters, finished=False))
+
+    def finish(self, position: Position, adapters: Adapters) -> None:
         """Seal the artifact: digest and sizes of all files, so that damage is noticed from now on."""
         home = self.plan.save_dir
-        self.record.facts.update(self._facts(position, finished=True))
+        self.record.facts.update(self._facts(position, adapters, finished=True))
         self.record.digest, self.record.files = records.digest_files(home)
         self.record.write(home)
 
-    def _facts(self, position: Position, *, finished: bool) -> dict[str, Any]:
+    def _facts(self, position: Position, adapters: Adapters, *, finished: bool) -> dict[str, Any]:
         section = self.plan.peft.model_dump()
         main = {name: value for name, value in section.items() if name in _MAIN}
         facts = {name: value for name, value in self.plan.facts.items() if name != "data_digest"}
         return {
             **facts, "method": self.plan.peft.type, **main, "peft": section, "iteration": position.iteration,
             "finished": finished, **position.history, **self.counts, "identity": self.plan.identity(),
+            "compute_dtype": _compute_dtype(adapters), **({"rollback": self.rollback} if self.rollback else {}),
         }  # fmt: skip
 
     def _run_config(self, method: Method[Any]) -> dict[str, Any]:
@@ -195,6 +205,10 @@ def _peft_section(method: Method[Any]) -> dict[str, Any]:
         if name.endswith("_dtype") and value is not None
     }
     return {"_target_": method.bridge_class, **section, **dtypes}
+
+
+def _compute_dtype(adapters: Adapters) -> str:
+    return str(adapters.decoder.output_weight.dtype).removeprefix("torch.")
 
 
 def _beside(path: Path) -> Path:
