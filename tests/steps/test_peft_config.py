@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,74 @@ def test_a_place_with_another_run_is_refused_in_a_dry_run_already(tmp_path):
     (save / "artifact.json").unlink()
     (save / "thesis.txt").write_text("mine")
     assert "not made by steps" in str(next(iter(config.check_inputs(inputs))))
+
+
+def saved(path: Path, *iterations: int, identity: dict | None = None) -> Path:
+    """A directory with the files that make it a checkpoint_lora of these iterations."""
+    for iteration in iterations:
+        (path / f"iter_{iteration:07d}").mkdir(parents=True)
+        (path / f"iter_{iteration:07d}" / ".metadata").touch()
+    (path / "latest_checkpointed_iteration.txt").write_text(str(iterations[-1]))
+    Record("checkpoint_lora", facts={"identity": json.loads(json.dumps(identity))} if identity else {}).write(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "train_iters", "where", "message"),
+    [
+        ({"load": "nowhere"}, 20, "checkpoint.load", "there is no checkpoint_lora at"),
+        ({"load": "."}, 20, "checkpoint.load", "holds no checkpoint_lora"),
+        ({"load": "lora", "ckpt_step": 7}, 20, "checkpoint.ckpt_step", "no iteration 7 is saved.* Allowed: 5, 10"),
+        ({"ckpt_step": 5}, 20, "checkpoint.ckpt_step", "no iteration 5 is saved.* Leave ckpt_step out"),
+        ({"save": "lora", "ckpt_step": 7}, 20, "checkpoint.ckpt_step", "no iteration 7 is saved.* Allowed: 5, 10"),
+        ({"save": "lora"}, 9, "train.train_iters", "is 9, but the run in .* has come to iteration 10"),
+        ({"load": "lora"}, 9, "train.train_iters", "is 9, but the run in .* has come to iteration 10"),
+        ({"save": "lora", "ckpt_step": 5}, 9, "", ""),
+        ({"save": "lora"}, 10, "", ""),
+        ({"load": "lora", "ckpt_step": 10}, 20, "", ""),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_a_place_to_go_on_from_that_the_run_refuses(
+    checkpoint, train_iters, where, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config, _ = validate(
+        Config, shipped("tiny", checkpoint={"save": "new", **checkpoint}, train={"train_iters": train_iters})
+    )
+    inputs = artifacts(tmp_path=tmp_path)
+    saved(tmp_path / "lora", 5, 10, identity=config.plan(inputs).identity())
+    problems = list(config.check_inputs(inputs))
+    assert [problem.where for problem in problems] == ([where] if where else [])
+    assert not where or re.search(message, str(problems[0]))
+
+
+def test_a_dry_run_refuses_another_precision_than_the_run_was_computed_in(tmp_path):
+    save = tmp_path / "lora"
+    inputs = artifacts(tmp_path=tmp_path)
+    for precision, names in (("bfloat16", ["run_mismatch"]), ("float32", []), ("auto", [])):
+        sections = {"checkpoint": {"save": str(save)}, "train": {"precision": precision}}
+        config, _ = validate(Config, shipped("tiny", **sections))
+        save.mkdir(exist_ok=True)
+        facts = {"identity": json.loads(json.dumps(config.plan(inputs).identity())), "compute_dtype": "float32"}
+        Record("checkpoint_lora", facts=facts).write(save)
+        assert [problem.name for problem in config.check_inputs(inputs)] == names
+
+
+@pytest.mark.parametrize(
+    ("key", "package"), [("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")]
+)  # fmt: skip
+def test_a_logger_needs_its_package(key, package, tmp_path, monkeypatch):
+    """Where it is not on the path; a folder that only has its name does not count."""
+    config, _ = validate(Config, shipped("tiny", logger={key: "x"}))
+    (tmp_path / package).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    importlib.invalidate_caches()
+    (problem,) = config.launch_here()
+    assert (problem.where, problem.name) == (f"logger.{key}", "logger_package_missing")
+    (tmp_path / package / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert not list(config.launch_here())
 
 
 def test_the_missing_package_is_named_only_where_it_is_needed():

@@ -13,7 +13,8 @@ from steps.config import training
 from steps.config.base import Section, StepConfig, section
 from steps.config.peft import LoRA
 from steps.engine.adapters import targets
-from steps.engine.train.plan import Plan, differences
+from steps.engine.train import resume
+from steps.engine.train.plan import Plan, mismatches
 from steps.errors import ArtifactError, Problem
 
 BASE, DATA = "checkpoint.pretrained_checkpoint", "dataset.nano3_packed_sft_dir"
@@ -117,11 +118,24 @@ class Config(StepConfig):
             known = record.read(save)
         except ArtifactError as error:
             return [Problem(where="checkpoint.save", what=str(error))]
-        if known is None or "identity" not in known.facts or self.chosen_engine != "torch":
+        if self.chosen_engine != "torch":
             return []
-        return differences(self.plan(inputs).identity(), known.facts["identity"], str(save))
+        plan = self.plan(inputs)
+        theirs = known.facts if known is not None and "identity" in known.facts else None
+        if theirs is not None and (problems := list(mismatches(plan, theirs, str(save)))):
+            return problems
+        try:
+            found = resume.find(plan)
+        except ArtifactError as error:
+            return error.problems
+        problem = None if found is None else resume.too_far(plan, found.iteration)
+        return [] if problem is None else [problem]
 
     def launch_here(self) -> Iterator[Problem]:
+        for key, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
+            if getattr(self.logger, key) and not _installed(package):
+                what, hint = f"the package {package} is not installed", f"pip install {package}"
+                yield Problem(where=f"logger.{key}", what=what, hint=hint, name="logger_package_missing")
         if self.chosen_engine == "megatron_bridge":
             from steps.engine.megatron_bridge import missing_packages
 
@@ -162,6 +176,12 @@ def _parallel(recipe: object) -> bool:
     section = recipe if isinstance(recipe, Mapping) else vars(recipe) if isinstance(recipe, Section) else {}
     sizes = (section.get(name) for name in _PARALLEL)
     return any(isinstance(size, int) and size > 1 for size in sizes)
+
+
+def _installed(package: str) -> bool:
+    """Whether a package can be imported. A mere folder of its name (W&B writes its runs to ./wandb) is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def bridge_installed() -> bool:
