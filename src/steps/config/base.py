@@ -22,7 +22,9 @@ class Section(BaseModel):
     knows where they came from and whether an engine takes them.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, defer_build=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="allow", strict=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
+    )
 
 
 def section(description: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ _EXPECTED = {
     "int_type": "an integer", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
     "list_type": "a list", "dict_type": "a mapping", "int_from_float": "an integer",
     "model_type": "a section with keys", "model_attributes_type": "a section with keys",
+    "finite_number": "a finite number",
     "is_instance_of": "a section with keys", "none_required": "null",
 }  # fmt: skip
 
@@ -34,6 +36,7 @@ def validate(cls: type[C], data: Mapping[str, Any], sources: Mapping[str, str] |
         config = cls.model_validate(data)
     except ValidationError as error:
         problems += [_from_pydantic(entry, sources) for entry in error.errors(include_url=False)]
+    problems += _too_large(data, sources)
     notes: list[str] = []
     for key, siblings in unknown_keys(cls, data):
         # A config that is invalid elsewhere cannot be asked; build what can be built, unchecked, to ask it.
@@ -48,6 +51,15 @@ def validate(cls: type[C], data: Mapping[str, Any], sources: Mapping[str, str] |
         raise ConfigError(problems)
     assert config is not None
     return config, notes
+
+
+def _too_large(data: Any, sources: Mapping[str, str], prefix: str = "") -> Iterator[Problem]:
+    """Integers that no machine integer holds: every library behind us would fail on them in its own words, later."""
+    for name, value in data.items() if isinstance(data, Mapping) else ():
+        key = f"{prefix}{name}"
+        if isinstance(value, int) and abs(value) >= 2**63:
+            yield Problem(where=key, what=f"{value} is too large", source=source_of(key, sources), allowed="64 bits")
+        yield from _too_large(value, sources, f"{key}.")
 
 
 def unknown_keys(cls: type[BaseModel], data: Any, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -144,5 +156,5 @@ def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str]) -> Prob
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -16,6 +16,9 @@ from steps.errors import ConfigError, Problem
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+_MOST_KEYS = 100_000
+
+
 class _Loader(_Base):  # type: ignore[misc]
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
@@ -76,6 +79,8 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         node = loader.get_single_node()
         data = {} if node is None else _build(loader, node, "", lines, path)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested without end (an alias inside itself?)") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -90,6 +95,8 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _build(loader: Any, node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> Any:
+    if len(lines) > _MOST_KEYS:  # aliases of aliases: a few lines can stand for billions of values
+        raise ConfigError(f"{path} stands for more than {_MOST_KEYS:,} values")
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, _ in node.value:

@@ -119,7 +119,7 @@ def _apply_one(data: dict[str, Any], override: Override) -> None:
     exists = last in place
     if override.action == "delete":
         if not exists:
-            raise ValueError(f"there is no such key to delete. {suggest(last, place)}".strip())
+            raise ValueError(f"there is no such key to delete ({suggest(last, place) or ', '.join(place)})")
         del place[last]
         return
     if override.action == "add" and exists:
@@ -134,7 +134,7 @@ def _descend(place: Any, part: str, at: str, *, create: bool) -> Any:
         raise ValueError(f"{at} is a plain value ({place!r}), it has no keys")
     if place.get(part) is None:
         if not create:
-            raise ValueError(f"there is no such key to delete. {suggest(part, place)}".strip())
+            raise ValueError(f"there is no such key to delete ({suggest(part, place) or ', '.join(place)})")
         place[part] = {}
     return place[part]
 

@@ -31,15 +31,30 @@ def width() -> int:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligned columns. Only the last one wraps; ids and types are never cut."""
+    """Aligned columns, the last one wrapped; on a terminal too narrow for that, a paragraph for each row.
+
+    Ids and types are never cut.
+    """
     sizes = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header) - 1)]
-    room = max(24, width() - sum(sizes) - 2 * len(sizes))
+    room = width() - sum(sizes) - 2 * len(sizes)
+    if room < 24:
+        yield from _paragraphs(rows)
+        return
     for number, row in enumerate([header, *rows]):
         left = "  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=False))
-        lines = textwrap.wrap(row[-1], room) or [""]
-        for index, line in enumerate(lines):
+        for index, line in enumerate(textwrap.wrap(row[-1], room) or [""]):
             text = f"{left}  {line}" if index == 0 else f"{' ' * len(left)}  {line}"
             yield bold(text.rstrip()) if number == 0 else text.rstrip()
+
+
+def _paragraphs(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for first, *others in rows:
+        yield bold(first)
+        for cell in others:
+            yield from textwrap.wrap(
+                cell, max(20, width() - 4), initial_indent="    ", subsequent_indent="    ",
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
 
 
 def types(ports: Sequence[Port]) -> str:
@@ -105,13 +120,10 @@ def step_page(step: Manifest, parameters: Sequence[Mapping[str, Any]]) -> Iterat
             ("NAME", "CAUSE AND RECOVERY"), [(entry.name, f"{entry.cause} {entry.recovery}") for entry in step.errors]
         )
     yield from section("Run")
-    yield f"launch      {step.run.launch}"
-    if step.run.image:
-        yield f"image       {step.run.image}"
-    for name, value in step.run.resources.items():
-        yield f"{name:<11} {value}"
-    for name, value in step.reference.items():
-        yield f"{name:<11} {value}"
+    facts = {"launch": step.run.launch, "image": step.run.image, **step.run.resources, **step.reference}
+    shown = {name: str(value) for name, value in facts.items() if value != ""}
+    size = max(map(len, shown))
+    yield from (f"{name:<{size}}  {value}" for name, value in shown.items())
 
 
 def section(title: str) -> Iterator[str]:

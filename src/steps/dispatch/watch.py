@@ -58,22 +58,27 @@ class Watch:
         task = (state["task"], state["started"])
         if task != self._shown:
             self._shown = task
-            self._row = self._bars.add_task(state["task"], total=state["total"], unit=state["unit"], fields="")
+            self._row = self._bars.add_task(
+                state["task"], total=state["total"], unit=state["unit"], amount="", fields=""
+            )
         fields = "  ".join(f"{key} {_short(value)}" for key, value in state["fields"].items())
-        self._bars.update(self._row, completed=state["done"], fields=fields)
+        amount = _short(state["done"]) + (f"/{_short(state['total'])}" if state["total"] else "")
+        done = state["total"] or state["done"] if state["finished"] else state["done"]
+        self._bars.update(self._row, completed=done, amount=amount, fields=fields)
         if state["finished"]:
             with contextlib.suppress(KeyError):
                 self._bars.stop_task(self._row)
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
 
 
 def _bars() -> Any:
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
@@ -81,7 +86,7 @@ def _bars() -> Any:
     )
 
     return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
+        TextColumn("{task.description}"), BarColumn(bar_width=28), TextColumn("{task.fields[amount]}"),
         TextColumn("{task.fields[unit]}"), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[fields]}"),
     )  # fmt: skip

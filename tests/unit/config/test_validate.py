@@ -61,6 +61,8 @@ def test_all_faults_at_once_with_their_sources():
         ({"train_iters": 5.0}, "train_iters"),
         ({"train_iters": True}, "train_iters"),
         ({"train_iters": None}, "train_iters"),
+        ({"train_iters": 5, "peft": {"rate": float("inf")}}, "peft.rate"),
+        ({"train_iters": 2**64}, "train_iters"),
         ({"train_iters": 5, "peft": 5}, "peft"),
         ({"train_iters": 5, "peft": {"names": "a"}}, "peft.names"),
         ({"train_iters": 5, "peft": {"names": [1]}}, "peft.names.0"),

@@ -62,6 +62,12 @@ def test_load_knows_the_line_of_every_key(tmp_path):
         ("- 1\n", "holds list, not a mapping"),
         ("a: [1\n", r"a\.yaml:2"),
         ("a: *nowhere\n", "undefined alias"),
+        ("a: &x [*x]\n", "nested without end"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n" for old, new in ("ab", "bc", "cd", "de", "ef")),
+            "more than 100,000 values",
+        ),
     ],
 )
 def test_load_refuses(tmp_path, text, message):
