@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from steps.artifacts.checkpoint import INDEX
 from steps.artifacts.opening import is_hub_id
 from steps.engine.checkpoint import hf_config
 from steps.engine.checkpoint.dcp import damaged
@@ -25,7 +26,6 @@ from steps.errors import ArtifactError, Problem
 
 #: Files of a model directory, besides weights and tokenizer, that are carried along as they are.
 SIDE_FILES = ("config.json", "generation_config.json")
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Tables that old Llama checkpoints hold and that follow from the configuration.
