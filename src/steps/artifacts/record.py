@@ -63,6 +63,12 @@ class Record:
         write_text(directory / RECORD, json.dumps(asdict(self), indent=2) + "\n")
 
 
+_KINDS: Mapping[str, type] = {
+    "type": str, "producer": dict, "config_digest": str, "inputs": list, "digest": str, "files": dict,
+    "created_at": str, "facts": dict, "format_version": int,
+}  # fmt: skip
+
+
 def read(directory: Path) -> Record | None:
     """The record of an artifact; None where there is none (made by another tool)."""
     path = directory / RECORD
@@ -74,6 +80,10 @@ def read(directory: Path) -> Record | None:
         raise ArtifactError(f"{path} cannot be read: {error}", hint="Make the artifact again.") from error
     if not isinstance(data, dict) or "type" not in data:
         raise ArtifactError(f"{path} is no artifact record (it has no type)", hint="Make the artifact again.")
+    for name, kind in _KINDS.items():
+        if name in data and not isinstance(data[name], kind):
+            what = f"{path} is damaged: {name} is {json.dumps(data[name])[:40]}"
+            raise ArtifactError(what, hint="Make the artifact again.")
     if data.get("format_version", 0) > FORMAT_VERSION:
         raise ArtifactError(
             f"{path} was written by a newer version of steps (format {data['format_version']}, "
@@ -81,7 +91,10 @@ def read(directory: Path) -> Record | None:
             hint="Upgrade peft-steps.",
         )
     known = {name: data[name] for name in Record.__dataclass_fields__ if name in data}
-    known["inputs"] = [Input(**entry) for entry in known.get("inputs", ())]
+    try:
+        known["inputs"] = [Input(**entry) for entry in known.get("inputs", ())]
+    except TypeError as error:
+        raise ArtifactError(f"{path} is damaged: {error}", hint="Make the artifact again.") from error
     return Record(**known)
 
 
@@ -162,6 +175,8 @@ def lock(path: Path) -> Iterator[None]:
 
 def check_replaceable(path: Path, type: str) -> None:
     """Refuse a destination whose contents we did not make: nothing of the user's is ever overwritten."""
+    if Path(os.path.realpath(path)).is_symlink():
+        raise ArtifactError(f"{path} is a link that leads to itself", hint="Remove it or choose another path.")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     record = read(path) if path.is_dir() else None
@@ -179,6 +194,7 @@ def publish(path: Path, record: Record, *, keep_partial: bool = False) -> Iterat
     keep_partial: a partial directory left by a killed run is handed over as it is (the step knows how to resume),
                   and stays when the block fails; otherwise it starts empty and is removed.
     """
+    path = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced, on its own disk
     check_replaceable(path, record.type)
     partial, old = path.parent / f".{path.name}.partial", path.parent / f".{path.name}.old"
     with lock(path):

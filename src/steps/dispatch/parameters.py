@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from steps.artifacts.record import write_text
 from steps.dispatch import catalog
@@ -66,6 +66,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " | ".join(type_name(option) for option in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and not get_args(annotation):

@@ -69,6 +69,20 @@ def test_what_we_did_not_make_is_not_overwritten(tmp_path):
     assert (tmp_path / "a" / "thesis.txt").exists()
 
 
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("there", "not_yet"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    make(tmp_path / "disk" / "there", "old")
+    for name in ("there", "not_yet"):
+        make(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "disk" / name / "conversations.jsonl").read_text() == "new"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ArtifactError, match="leads to itself"):
+        make(tmp_path / "loop")
+
+
 def test_two_writers_do_not_mix(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from steps.artifacts.record import Record, publish\n"
@@ -113,7 +127,14 @@ def test_opening_checks_the_type_and_names_the_way(tmp_path):
     assert (caught.value.name, caught.value.exit_code) == ("missing_packed_parquet", 4)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"type": "raw_jsonl", "format_version": 99}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "{}", '{"type": "raw_jsonl", "format_version": 99}', '{"type": ["x"]}',
+        '{"type": "raw_jsonl", "facts": []}', '{"type": "raw_jsonl", "inputs": [{"x": 1}]}',
+        '{"type": "raw_jsonl", "files": ["x"]}', '{"type": "raw_jsonl", "format_version": "2"}',
+    ],
+)  # fmt: skip
 def test_a_broken_record_is_an_error_not_a_guess(tmp_path, text):
     (tmp_path / record.RECORD).write_text(text)
     with pytest.raises(ArtifactError):
