@@ -310,3 +310,13 @@ def test_files_of_others_are_never_overwritten(root):
     with pytest.raises(StepsError, match="was not made by steps"):
         train(root)
     assert (root / "lora" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_update_that_ruins_the_adapter_is_not_saved(root):
+    with pytest.raises(StepFailed, match=r"iteration 1: the adapter is not finite any more") as caught:
+        train(
+            root, train={"train_iters": 1}, optimizer={"lr": 1e36, "min_lr": 1e36, "weight_decay": 1e38},
+            scheduler={"lr_warmup_iters": 0}, checkpoint={"save_interval": 1},
+        )  # fmt: skip
+    assert caught.value.name == "non_finite_loss"
+    assert not (root / "lora" / "artifact.json").exists()

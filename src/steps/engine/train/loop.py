@@ -67,6 +67,7 @@ class Trainer:
                 if last or (train.eval_interval and position.iteration % train.eval_interval == 0):
                     self._report_evaluation(position)
                 if last or position.iteration % self.plan.checkpoint.save_interval == 0:
+                    self._check_weights(position.iteration)
                     save(position)
 
     def _step(self, position: Position) -> dict[str, float]:
@@ -108,6 +109,15 @@ class Trainer:
             "iteration": iteration, "loss": loss_sum / trained, "lr": lr, "grad_norm": norm, "tokens": int(tokens),
             "trained_tokens": int(trained), "tokens_per_second": tokens / seconds, "seconds": seconds,
         }  # fmt: skip
+
+    def _check_weights(self, iteration: int) -> None:
+        """What the last update did to the adapter shows in no loss yet; it must not be saved over what is good."""
+        for name, tensor in self.adapters.tensors().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                what = f"the adapter is not finite any more ({name}); it is not saved"
+                raise StepFailed(
+                    Problem(f"iteration {iteration}", what, hint="Try a lower optimizer.lr.", name="non_finite_loss")
+                )
 
     def evaluate(self) -> float | None:
         """Mean loss over the trained tokens of the first eval_iters global batches of the valid split, in its order.
