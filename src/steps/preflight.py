@@ -43,7 +43,7 @@ def lookup(config: Any, key: str) -> Any:
     return config
 
 
-def _destination(port: Port, value: Any) -> Iterator[Problem]:
+def _destination(port: Port, value: Any, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:
     """Why the artifact of `port` cannot be written where `value` says."""
     if value is None:
         return
@@ -56,6 +56,10 @@ def _destination(port: Port, value: Any) -> Iterator[Problem]:
     except (OSError, RuntimeError) as error:  # a name that is too long, a ~user that does not exist
         yield _unusable(port.key, value, error)
         return
+    for key, item in inputs.items():
+        if item.path and item.path.resolve() in (path.resolve(), *path.resolve().parents):
+            what = f"{value} lies in the input {item.value} ({key}), which writing there would change"
+            yield Problem(where=port.key, what=what, hint="Write beside it.")
     above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not above.is_dir():
         yield Problem(where=port.key, what=f"{value} cannot be made: {above} is no directory")
@@ -91,7 +95,8 @@ def check(manifest: Manifest, config: StepConfig, sources: Mapping[str, str] | N
                 missing.append(port)
     if not problems:
         problems += config.check_inputs(inputs)
-    problems += (problem for port in manifest.produces for problem in _destination(port, lookup(config, port.key)))
+    for port in manifest.produces:
+        problems += _destination(port, lookup(config, port.key), inputs)
     warnings = tuple(warning for artifact in inputs.values() for warning in artifact.warnings)
     located = (
         replace(problem, source=problem.source or source_of(problem.where, sources or {})) for problem in problems

@@ -91,6 +91,22 @@ def test_all_mistakes_at_once_with_their_sources(config, tmp_path):
     assert done.stderr.count("from command line") == 3
 
 
+def test_an_output_inside_an_input_is_refused(tmp_path):
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "a.jsonl").write_text("{}\n")
+    tiny = ["run", "sft_packing", "-c", "tiny", "-d", "blend_path=chats"]
+    done = steps(*tiny, "output_dir=chats/packed", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "output_dir: chats/packed lies in the input chats (blend_path)" in done.stderr
+    assert steps(*tiny, "output_dir=packed", cwd=tmp_path).returncode == 0
+
+
+def test_processes_for_a_step_that_takes_one_are_noted(tmp_path):
+    done = steps("run", "demo_chat", "-c", "tiny", "-d", "run.env.nprocs_per_node=4", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "data_prep/demo_chat always runs as one process" in done.stdout
+
+
 def test_filters_follow_is_a(tmp_path):
     def found(*arguments):
         return {entry["id"] for entry in json.loads(steps("list", "--json", *arguments, cwd=tmp_path).stdout)}

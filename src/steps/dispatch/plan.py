@@ -65,6 +65,8 @@ def prepare(
         executor=chosen.executor, torchrun=config.wants_torchrun(), passthrough=passthrough, debug=debug,
     )  # fmt: skip
     problems = [*findings.problems, *executor.check(config)]
+    if step.run.launch != "torchrun" and (config.run.env.nprocs_per_node or 1) > 1:
+        notes.append(f"run.env.nprocs_per_node: {step.id} always runs as one process")
     empty = [name for name in config.run.env.env_vars if is_secret(name) and not config.run.env.env_vars[name]]
     notes += [f"run.env.env_vars.{name} is empty: what this shell holds under that name stays" for name in empty]
     return Planned(step, config_name, composed, config, findings, problems, notes, spec)

@@ -70,7 +70,7 @@ def finished(plan: Plan) -> Record | None:
         return None
     if gone := records.missing_files(plan.save_dir, known):
         raise ArtifactError(
-            f"{plan.save_dir} is complete, but {gone[0]} is missing or has changed",
+            f"{plan.save_dir} is complete, but {gone[0]} is missing or has another size",
             hint="Remove the directory to train again.",
             name="damaged_artifact",
         )
