@@ -42,6 +42,13 @@ def artifacts(
     }
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The shipped configurations' relative paths must not meet what a demo left in the checkout."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+
+
 @pytest.mark.parametrize("name", ["default", "tiny"])
 def test_shipped_configs_are_valid(name):
     config, notes = validate(Config, shipped(name))

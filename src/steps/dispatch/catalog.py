@@ -16,15 +16,22 @@ ROOT = Path(steps.__file__).parent
 
 
 @cache
+def _read(folder: Path) -> Manifest:
+    return manifest.read(folder, ROOT)
+
+
+@cache
 def catalog() -> Mapping[str, Manifest]:
     """Every step by id: a folder two levels below the package that holds a step.toml."""
-    found = (manifest.read(path.parent, ROOT) for path in sorted(ROOT.glob(f"*/*/{manifest.MANIFEST}")))
+    found = (_read(path.parent) for path in sorted(ROOT.glob(f"*/*/{manifest.MANIFEST}")))
     return {entry.id: entry for entry in found}
 
 
 def find(name: str) -> Manifest:
     """The step a person means by its id or by an unambiguous tail of it (`merge_lora`)."""
     name = name.strip("/")
+    if name.count("/") == 1 and (ROOT / name / manifest.MANIFEST).is_file():
+        return _read(ROOT / name)  # without reading all the others
     if name in catalog():
         return catalog()[name]
     tails = [step for step in catalog() if step.endswith("/" + name)]
