@@ -6,7 +6,7 @@ text, a tenth of a dry run's CPU time.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -77,9 +77,6 @@ class StepConfig(Section):
     """The root of a step's configuration. A step subclasses it in its `schema.py` as `Config`."""
 
     run: Run = section("Where and how the job runs")
-
-    #: Sections whose unknown keys `accepts_unknown` may let pass.
-    open_sections: ClassVar[frozenset[str]] = frozenset()
 
     def accepts_unknown(self, key: str) -> str:
         """Why an unknown dotted key is let through ("passed to Megatron-Bridge"), '' to refuse it."""

@@ -77,7 +77,7 @@ class Job(Generic[C]):
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes and prints (rank 0)."""
-        return os.environ.get("RANK", "0") == "0"
+        return _is_main()
 
     def record(self, key: str) -> record.Record:
         """A new record for the artifact at config key `key`, with everything known before the work starts."""
@@ -156,7 +156,7 @@ def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[A
     findings = preflight.check(manifest, config, sources)
     findings.raise_if_any()
     directory = path.parent if (path.parent / "job.yaml").exists() else Path.cwd()
-    active = os.environ.get("RANK", "0") == "0"
+    active = _is_main()
     reporter = Reporter(
         directory,
         lines=WATCHED not in os.environ,
@@ -166,6 +166,10 @@ def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[A
     for warning in findings.warnings:
         reporter.log(f"warning: {warning}")
     return Job(config, data, manifest, findings.inputs, reporter, directory, passthrough)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _prepare_signals() -> None:

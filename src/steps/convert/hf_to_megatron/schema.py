@@ -1,6 +1,5 @@
 """Configuration of convert/hf_to_megatron."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -9,7 +8,7 @@ from pydantic import Field
 from steps.artifacts.opening import Artifact
 from steps.config.base import StepConfig
 from steps.engine.checkpoint import hf_config
-from steps.errors import ArtifactError, Problem
+from steps.errors import Problem
 
 
 class Config(StepConfig):
@@ -26,11 +25,4 @@ class Config(StepConfig):
         path = inputs["hf_model_id"].path
         if path is None or not path.is_dir():
             return []
-        file = path / "config.json"
-        try:
-            hf_config.model_config(json.loads(file.read_text(encoding="utf-8")), str(file), "float32")
-        except ArtifactError as error:
-            return error.problems
-        except ValueError as error:
-            return [Problem(where=str(file), what=f"is no JSON: {error}", name="damaged_artifact")]
-        return []
+        return hf_config.faults(path / "config.json")

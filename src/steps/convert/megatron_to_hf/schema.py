@@ -1,6 +1,5 @@
 """Configuration of convert/megatron_to_hf."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from pydantic import Field
 from steps.artifacts.opening import Artifact, is_hub_id
 from steps.config.base import StepConfig
 from steps.engine.checkpoint import hf_config
-from steps.errors import ArtifactError, Problem
+from steps.errors import Problem
 
 
 class Config(StepConfig):
@@ -34,10 +33,4 @@ class Config(StepConfig):
             what = f"{path} has no config.json" if path.is_dir() else f"there is no model at {path}"
             allowed = "a model's directory, a .gguf file or a Hub id (org/name)"
             return [Problem(where="hf_model_id", what=what, allowed=allowed, name="missing_checkpoint_hf")]
-        try:
-            hf_config.model_config(json.loads(file.read_text(encoding="utf-8")), str(file), "float32")
-        except ArtifactError as error:
-            return error.problems
-        except ValueError as error:
-            return [Problem(where=str(file), what=f"is no JSON: {error}", name="damaged_artifact")]
-        return []
+        return hf_config.faults(file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from steps.engine.model_config import ModelConfig
@@ -186,3 +188,14 @@ def _problem(where: str, key: str, what: str, allowed: str = "") -> Problem:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def faults(file: Path) -> Sequence[Problem]:
+    """Why a config.json cannot be converted (no JSON, or not supported: see `model_config`); nothing when it can."""
+    try:
+        model_config(json.loads(file.read_text(encoding="utf-8")), str(file), "float32")
+    except ArtifactError as error:
+        return error.problems
+    except ValueError as error:
+        return [Problem(where=str(file), what=f"is no JSON: {error}", name="damaged_artifact")]
+    return []
