@@ -15,7 +15,7 @@ import pytest
 from steps import preflight
 from steps.artifacts import graph
 from steps.config.validate import fields
-from steps.dispatch import catalog
+from steps.dispatch import catalog, executors
 from steps.dispatch.compose import compose
 from steps.dispatch.parameters import type_name
 from steps.dispatch.plan import typed
@@ -147,7 +147,7 @@ def test_an_error_of_another_step_is_not_taken_for_ones_own():
 def test_every_shipped_config_composes_and_validates_without_any_environment_variable(step, name, monkeypatch):
     for variable in re.findall(r"oc\.env:(\w+)", (step.folder / "config" / f"{name}.yaml").read_text()):
         monkeypatch.delenv(variable, raising=False)
-    typed(step, compose(step, name))
+    typed(step, compose(step, name), executors.get("local"))
 
 
 def test_the_tiny_configs_are_one_chain():

@@ -5,7 +5,7 @@ text, a tenth of a dry run's CPU time.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -46,18 +46,41 @@ def _as_text(value: Any) -> Any:
 EnvVar = Annotated[str, BeforeValidator(_as_text)]
 
 
-class RunEnv(Section):
-    """Where and how the job runs; a profile fills it, `run.env.KEY=…` overrides it. Fields of one executor are checked
-    by that executor."""
+def _as_number_text(value: Any) -> Any:
+    """8 for "8": fields that a cluster reads as text (mem, time) are often written as plain numbers."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+
+#: Text that people also write as a plain integer.
+Text = Annotated[str, BeforeValidator(_as_number_text)]
+
+
+class RunEnv(Section):
+    """Where and how the job runs: a profile fills it, `run.env.KEY=…` overrides it.
+
+    These are the fields that every executor knows. An executor adds its own in a subclass, which the dispatcher checks;
+    here, and inside the job, further keys are nobody's business.
+    """
+
+    executor: str = Field("local", description="Who runs the job: local, slurm or lepton")
     container_image: str | None = Field(None, description="Container image the job runs in")
     nodes: int | None = Field(None, ge=1, description="Number of nodes")
     gpus_per_node: int | None = Field(None, ge=0, description="GPUs on each node")
     nprocs_per_node: int | None = Field(
         None, ge=1, description="Processes that torchrun starts on each node (default: gpus_per_node, or 1)"
     )
+    ntasks_per_node: int | None = Field(None, ge=1, description="The same in Slurm's word")
     env_vars: dict[str, EnvVar] = Field(default_factory=dict, description="Environment variables of the job")
-    mounts: list[str] = Field(default_factory=list, description="host:container mounts")
+    mounts: list[Any] = Field(default_factory=list, description="What the container sees: host:container")
+    startup_commands: list[str] = Field(
+        default_factory=list, description="Shell commands before the step, on every node, where the step runs"
+    )
+    pip_extras: list[str] = Field(default_factory=list, description="Packages that pip installs before the step")
+
+    @property
+    def processes(self) -> int:
+        """Processes on each node."""
+        return self.nprocs_per_node or self.ntasks_per_node or self.gpus_per_node or 1
 
     @field_validator("env_vars")
     @classmethod
@@ -91,6 +114,10 @@ class StepConfig(Section):
 
         Absent keys: inputs that are optional and not given. A Problem's `name` is the manifest error it stands for.
         """
+        return ()
+
+    def path_keys(self) -> Sequence[str]:
+        """Dotted keys, beside those of the manifest's artifacts, whose value is a path on the machine of the job."""
         return ()
 
     def launch_here(self) -> "Iterable[Problem]":

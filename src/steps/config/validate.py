@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from steps.config.base import Section, StepConfig
+from steps.config.base import RunEnv, Section, StepConfig
 from steps.errors import ConfigError, Problem, suggest
 
 C = TypeVar("C", bound=StepConfig)
+S = TypeVar("S", bound=Section)
 
 _EXPECTED = {
     "int_type": "an integer", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
@@ -53,6 +54,25 @@ def validate(cls: type[C], data: Mapping[str, Any], sources: Mapping[str, str] |
     return config, notes
 
 
+def check_section(
+    cls: type[S], data: Mapping[str, Any], sources: Mapping[str, str], prefix: str
+) -> tuple[S | None, list[Problem]]:
+    """Type one section by itself: the section, None where it is wrong, and everything that is wrong with it.
+
+    prefix: the dotted key of the section ("run.env"), '' for none.
+    """
+    dot = f"{prefix}." if prefix else ""
+    problems: list[Problem] = []
+    section: S | None = None
+    try:
+        section = cls.model_validate(data)
+    except ValidationError as error:
+        problems += [_from_pydantic(entry, sources, dot) for entry in error.errors(include_url=False)]
+    problems += _too_large(data, sources, dot)
+    problems += [_unknown(key, siblings, cls, sources) for key, siblings in unknown_keys(cls, data, dot)]
+    return section if not problems else None, problems
+
+
 def _too_large(data: Any, sources: Mapping[str, str], prefix: str = "") -> Iterator[Problem]:
     """Integers that no machine integer holds: every library behind us would fail on them in its own words, later."""
     for name, value in data.items() if isinstance(data, Mapping) else ():
@@ -72,7 +92,8 @@ def unknown_keys(cls: type[BaseModel], data: Any, prefix: str = "") -> Iterator[
         field = known.get(str(name))
         if field is None:
             yield key, list(known)
-        elif (section := section_of(field.annotation)) is not None:
+        elif (section := section_of(field.annotation)) is not None and section is not RunEnv:
+            # Beyond the common ones, keys of run.env belong to the executor, which knows them.
             yield from unknown_keys(section, value, f"{key}.")
 
 
@@ -114,7 +135,7 @@ def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
     return Problem(**{**vars(problem), "source": problem.source or source_of(problem.where, sources)})
 
 
-def _unknown(key: str, siblings: list[str], cls: type[StepConfig], sources: Mapping[str, str]) -> Problem:
+def _unknown(key: str, siblings: list[str], cls: type[BaseModel], sources: Mapping[str, str]) -> Problem:
     parent, _, name = key.rpartition(".")
     if any(full == key for full, _ in fields(cls)):
         hint = f"Nest it in the YAML: {key.replace('.', ': {')}: …{'}' * key.count('.')}"
@@ -130,11 +151,12 @@ def _unknown(key: str, siblings: list[str], cls: type[StepConfig], sources: Mapp
     return Problem(where=key, what="unknown key", source=source_of(key, sources), allowed=allowed, hint=hint)
 
 
-def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str]) -> Problem:
+def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> Problem:
     # pydantic adds the tags of union members to the location; keys of our data are what counts.
     key = ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("function-", "constrained-")))
     for tag in (".int", ".float", ".str", ".bool", ".list[str]", ".literal"):
         key = key.removesuffix(tag)
+    key = f"{prefix}{key}"
     kind, context, value = entry["type"], entry.get("ctx", {}), entry.get("input")
     allowed, hint = "", ""
     if kind == "missing":

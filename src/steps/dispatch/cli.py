@@ -25,6 +25,10 @@ app = typer.Typer(
 _passthrough: tuple[str, ...] = ()
 
 StepId = Annotated[str, typer.Argument(metavar="ID", help="Step id or its tail.", autocompletion=complete.step_ids)]
+EnvFile = Annotated[
+    str | None,
+    typer.Option("--env-file", metavar="PATH", help="Profiles (default: $STEPS_ENV_FILE, env.toml upwards from here)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -154,6 +158,10 @@ def run(
         str | None,
         typer.Option("--batch", "-b", metavar="PROFILE", help="Submit with this profile and return at once."),
     ] = None,
+    env_file: EnvFile = None,
+    after: Annotated[
+        list[str] | None, typer.Option("--after", metavar="JOB", help="Start when this job has succeeded; repeatable.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-d", help="Do everything but run.")] = False,
     force_squash: Annotated[
         bool, typer.Option("--force-squash", help="Import the container image on the cluster anew.")
@@ -171,7 +179,8 @@ def run(
         catalog.find(step),
         launch.Request(
             config=config, overrides=tuple(overrides or ()), passthrough=_passthrough, attached=attached, batch=batch,
-            dry_run=dry_run, force_squash=force_squash, upstream=upstream, json=json, debug=debug,
+            env_file=env_file, after=tuple(after or ()), dry_run=dry_run, force_squash=force_squash, upstream=upstream,
+            json=json, debug=debug,
         ),
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,68 @@ DEFAULTS = "defaults"
 
 @dataclass
 class Composed:
-    """A configuration as plain data. sources: dotted key of each value -> "tiny.yaml:7" or "command line"."""
+    """A configuration as plain data.
+
+    sources:          dotted key of each value -> "tiny.yaml:7" or "command line".
+    from_environment: names in run.env.env_vars whose value was taken from this process's environment.
+    """
 
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    from_environment: frozenset[str] = frozenset()
 
 
 def compose(
-    step: Manifest, config: str, overrides: Iterable[str] = (), environment: Mapping[str, Any] | None = None
+    step: Manifest, config: str, overrides: Iterable[str] = (), environment: Composed | None = None
 ) -> Composed:
     """The resolved configuration of a step.
 
     config:      what `-c` names.
-    environment: the profile's `run.env`, with the profile's name under the key `_source`.
+    environment: what a profile lays under `run.env`.
     Raises ConfigError (or UsageError for a malformed override) with everything that is wrong.
     """
     parsed = dotlist.parse(overrides)
     composed = _read(catalog.config_path(step, config), step, ())
     if environment:
-        source = str(environment.get("_source", "profile"))
-        values = {key: value for key, value in environment.items() if key != "_source"}
-        _merge(composed, {"run": {"env": values}}, lambda _: source)
+        _merge(composed, environment.data, lambda key: environment.sources.get(key, ""))
     dotlist.apply(composed.data, composed.sources, parsed)
-    composed.data = resolve(composed.data, composed.sources)
+    variables = _job_variables(composed)
+    composed.from_environment = frozenset(name for name, text in variables.items() if "${oc.env:" in str(text))
+    with _as_environment(_resolve_variables(composed, variables)):
+        composed.data = resolve(composed.data, composed.sources)
     return composed
+
+
+def _job_variables(composed: Composed) -> dict[str, Any]:
+    """run.env.env_vars as written, where it is a mapping."""
+    value: Any = composed.data
+    for part in ("run", "env", "env_vars"):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _resolve_variables(composed: Composed, variables: dict[str, Any]) -> dict[str, str]:
+    """Resolve the job's own variables in place, so that `${oc.env:…}` elsewhere means what it will mean in the job.
+
+    One that takes its value from another section is left to the main pass.
+    """
+    for name in variables:
+        with suppress(ConfigError):
+            alone = {"run": {"env": {"env_vars": {name: variables[name]}}}}
+            variables[name] = resolve(alone, composed.sources)["run"]["env"]["env_vars"][name]
+    plain = {name: value for name, value in variables.items() if isinstance(value, str | int | float) and value != ""}
+    return {name: str(value) for name, value in plain.items() if "${" not in str(value)}
+
+
+@contextmanager
+def _as_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    known = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in known.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 def _read(path: Path, step: Manifest, seen: tuple[Path, ...]) -> Composed:
@@ -172,13 +211,13 @@ def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
 
 # The two forms that shipped configurations use, whole and not nested. OmegaConf reads them the same way (a test
 # holds them together) but takes 0.05 CPU seconds to import.
-_SIMPLE = re.compile(r"\$\{(oc\.env|steps\.package_file):([\w.]+)(?:,([\w./-]*[A-Za-z/][\w./-]*))?\}")
+_SIMPLE = re.compile(r"\$\{(oc\.env|steps\.package_file):([\w.]+)(?:,([\w./-]*[A-Za-z/][\w./-]*|''))?\}")
 
 
 def _is_simple(text: str) -> bool:
     match = _SIMPLE.fullmatch(text)
     # OmegaConf reads a default of null, true or 1e5 as what it looks like.
-    return match is not None and (match[3] is None or isinstance(yaml12.scalar(match[3]), str))
+    return match is not None and (match[3] in (None, "''") or isinstance(yaml12.scalar(match[3]), str))
 
 
 def _resolve_simple(
@@ -195,7 +234,7 @@ def _resolve_simple(
             target = target[part]
         try:
             if kind == "oc.env":
-                value = os.environ.get(name, extra)
+                value = os.environ.get(name, "" if extra == "''" else extra)
                 if value is None:
                     raise FileNotFoundError(f"Environment variable '{name}' not found")
                 target[path[-1]] = value

@@ -7,10 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from steps.dispatch import executors, job, sheet
-from steps.dispatch.plan import Planned, chain, prepare, refuse
+from steps.dispatch import executors, job, jobs, sheet
+from steps.dispatch.job import JobSpec
+from steps.dispatch.plan import Place, Planned, chain, prepare, refuse
 from steps.errors import StepsError, UsageError
 from steps.manifest import Manifest
 
@@ -24,6 +25,8 @@ class Request:
     passthrough: tuple[str, ...] = ()
     attached: str | None = None
     batch: str | None = None
+    env_file: str | None = None
+    after: tuple[str, ...] = ()
     dry_run: bool = False
     force_squash: bool = False
     upstream: bool = False
@@ -37,24 +40,25 @@ def run(step: Manifest, request: Request) -> None:
         raise UsageError("-r and -b exclude each other", hint="-r stays until the job ends, -b returns at once.")
     if request.json and not request.dry_run:
         raise UsageError("--json goes with --dry-run")
+    place = Place(
+        request.attached or request.batch, request.env_file, attached=request.batch is None,
+        after=tuple(jobs.find(name).id for name in request.after), force_squash=request.force_squash,
+    )  # fmt: skip
     planned: list[Planned] = []
     try:
         planned.append(
             prepare(
-                step, request.config, request.overrides, profile=request.attached or request.batch,
+                step, request.config, request.overrides, place=place,
                 passthrough=request.passthrough, debug=request.debug,
             )
         )  # fmt: skip
         if request.upstream:
             planned[:] = chain(planned[0])
-        _check_force_squash(request, planned[-1])
+        if request.batch and len(planned) > 1:
+            _wait_for_each_other(planned)
         if request.dry_run and not request.json:
             print("\n".join(sheet.text(planned)))
         refuse(planned)
-        if request.batch and len(planned) > 1:
-            raise UsageError(
-                "--upstream with -b needs jobs that wait for each other", hint="Use -r, or run the steps one by one."
-            )
     except StepsError as error:
         if request.json:
             print(json.dumps(sheet.data(planned, error.problems), indent=2, default=str))
@@ -63,48 +67,54 @@ def run(step: Manifest, request: Request) -> None:
         print(json.dumps(sheet.data(planned), indent=2, default=str))
     if request.dry_run:
         return
+    gc.enable()  # from here on this process may watch a job for days
     for number, entry in enumerate(planned):
-        if number > 0 or len(planned) > 1:
+        if len(planned) > 1:
             print(f"[{number + 1}/{len(planned)}] {entry.step.id} -c {entry.config_name}", flush=True)
+        if request.batch:
+            submit(entry.spec)
+            continue
         if entry.waits_for:  # what was missing is there now: look at it before the job does
             entry = prepare(
                 entry.step, entry.config_name, request.overrides if entry.step.id == step.id else (),
-                profile=entry.spec.profile, passthrough=entry.spec.passthrough, debug=request.debug,
+                place=entry.place, passthrough=entry.spec.passthrough, debug=request.debug,
             )  # fmt: skip
             try:
                 refuse([entry])
             except StepsError as error:
                 raise _explained(error, [entry]) from error
-        _submit(entry, attached=request.batch is None)
+        _attach(entry)
 
 
-def _submit(entry: Planned, *, attached: bool) -> None:
-    gc.enable()  # from here on this process may watch a job for days
+def submit(spec: JobSpec) -> None:
+    """Start a job, say how to follow it, and return."""
+    executor = executors.get(spec.executor)
+    job.create(spec, executor.render(spec))
+    status = executor.submit(spec)
+    print("\n".join(sheet.submitted(spec, status)), flush=True)
+
+
+def _attach(entry: Planned) -> None:
     executor = executors.get(entry.spec.executor)
     job.create(entry.spec, executor.render(entry.spec))
     started = time.monotonic()
-    code = executor.submit(entry.spec, attached=attached)
+    code = executor.attach(entry.spec)
     directory = entry.spec.directory
     if code:
         reason = job.read_status(directory).reason
         print(f"{entry.step.id} failed: {reason}. Log: {directory / 'log'}", file=sys.stderr)
         raise SystemExit(code)
-    if not attached:
-        print(
-            f"job {entry.spec.id} is on its way\n  status: {directory / 'status.json'}\n  log:    {directory / 'log'}"
-        )
-        return
     path = directory / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     print("\n".join(sheet.results(entry, summary, directory, time.monotonic() - started)), flush=True)
 
 
-def _check_force_squash(request: Request, entry: Planned) -> None:
-    if request.force_squash and executors.get(entry.spec.executor).is_local:
-        raise UsageError(
-            "--force-squash re-imports a container image on a cluster; this runs here without one",
-            hint="Drop it, or choose a Slurm profile with -r or -b.",
-        )
+def _wait_for_each_other(planned: list[Planned]) -> None:
+    """Each job of a chain starts after those that make what it lacks."""
+    ids = {entry.step.id: entry.spec.id for entry in planned}
+    for entry in planned:
+        makers = dict.fromkeys(ids[maker] for maker in entry.waits_for.values())
+        entry.spec = replace(entry.spec, after=(*entry.spec.after, *makers))
 
 
 def _explained(error: StepsError, planned: Sequence[Planned]) -> StepsError:

@@ -5,19 +5,33 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from steps import preflight
 from steps.artifacts import graph
-from steps.config.base import StepConfig
-from steps.config.validate import validate
-from steps.dispatch import catalog, executors, profiles
+from steps.config.base import RunEnv, StepConfig
+from steps.config.validate import check_section, validate
+from steps.dispatch import catalog, executors, places, profiles
 from steps.dispatch.compose import Composed, compose, leaves
+from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
-from steps.errors import ArtifactError, ConfigError, Problem, StepsError, UsageError, suggest
+from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, StepsError, UsageError, suggest
 from steps.manifest import Manifest, Port
+
+_TOKEN_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where jobs shall run. profile: its name, None for this machine. after: ids of jobs to wait for."""
+
+    profile: str | None = None
+    env_file: str | None = None
+    attached: bool = True
+    after: tuple[str, ...] = ()
+    force_squash: bool = False
 
 
 @dataclass
@@ -35,6 +49,7 @@ class Planned:
     problems: list[Problem]
     notes: list[str]
     spec: JobSpec
+    place: Place
     waits_for: dict[str, str] = field(default_factory=dict)
 
 
@@ -43,37 +58,73 @@ def prepare(
     config_name: str,
     overrides: Sequence[str] = (),
     *,
-    profile: str | None = None,
+    place: Place = Place(),
     passthrough: tuple[str, ...] = (),
     debug: bool = False,
 ) -> Planned:
     """Compose, validate and check one step.
 
     Raises UsageError, ConfigError or ExecutorError for what makes the configuration itself wrong; what is wrong with
-    its inputs or with running it here is in `problems`.
+    its inputs or with running it there is in `problems`.
     """
     if passthrough and not step.run.passthrough:
         raise UsageError(f"{step.id} takes no arguments behind --, got {' '.join(passthrough)!r}")
-    chosen = profiles.load(profile)
-    executor = executors.get(chosen.executor)
-    environment = {**chosen.env, "_source": f"profile {chosen.name}"} if chosen.env else None
-    composed = compose(step, config_name, overrides, environment)
-    config, notes = typed(step, composed)
-    findings = preflight.check(step, config, composed.sources)
+    chosen = profiles.load(place.profile, place.env_file)
+    composed = compose(step, config_name, overrides, chosen.environment)
+    return plan(step, config_name, composed, place, profile=chosen.name, passthrough=passthrough, debug=debug)
+
+
+def plan(
+    step: Manifest,
+    config_name: str,
+    composed: Composed,
+    place: Place,
+    *,
+    profile: str,
+    passthrough: tuple[str, ...] = (),
+    debug: bool = False,
+) -> Planned:
+    """The same from a configuration that is composed already. Raises ConfigError or ExecutorError."""
+    executor = executors.get(_executor_name(composed))
+    if place.force_squash and not executor.imports_images:
+        raise UsageError(
+            "--force-squash re-imports a container image on a cluster; this runs without one",
+            hint="Drop it, or choose a Slurm profile with -r or -b.",
+        )
+    if place.after and not executor.has_order:
+        raise UsageError(
+            f"jobs of the executor {_executor_name(composed)} cannot wait for others", hint="Drop --after."
+        )
+    config, env, notes = typed(step, composed, executor)
+    sees = executor.sees_this_machine(env)
+    findings = preflight.check(step, config, composed.sources) if sees else preflight.Findings({})
+    data = composed.data
+    if (workspace := executor.workspace(env)) is not None:
+        written, read = [port.key for port in step.produces], [port.key for port in step.consumes]
+        data = places.absolute(data, written, [*read, *config.path_keys()], workspace, visible=sees)
     spec = new_spec(
-        step, composed.data, config.run.env, sources=composed.sources, config_name=config_name, profile=chosen.name,
-        executor=chosen.executor, torchrun=config.wants_torchrun(), passthrough=passthrough, debug=debug,
+        step, data, env, sources=composed.sources, config_name=config_name, profile=profile,
+        torchrun=config.wants_torchrun(), secret_names=composed.from_environment, passthrough=passthrough,
+        after=place.after, attached=place.attached, force_squash=place.force_squash, debug=debug,
     )  # fmt: skip
-    problems = [*findings.problems, *executor.check(config)]
-    if step.run.launch != "torchrun" and (config.run.env.nprocs_per_node or 1) > 1:
+    problems = [*findings.problems, *executor.check(config, env)]
+    if step.run.launch != "torchrun" and env.processes > 1 and env.nprocs_per_node:
         notes.append(f"run.env.nprocs_per_node: {step.id} always runs as one process")
-    empty = [name for name in config.run.env.env_vars if is_secret(name) and not config.run.env.env_vars[name]]
-    notes += [f"run.env.env_vars.{name} is empty: what this shell holds under that name stays" for name in empty]
-    return Planned(step, config_name, composed, config, findings, problems, notes, spec)
+    empty = [name for name in env.env_vars if is_secret(name) and not env.env_vars[name]]
+    notes += [f"run.env.env_vars.{name} is empty: what the job's machine holds under that name stays" for name in empty]
+    if not sees and (step.consumes or step.produces):
+        notes.append("the job runs on another machine: its inputs are checked there, when it starts")
+    return Planned(step, config_name, composed, config, findings, problems, notes, spec, place)
 
 
-def typed(step: Manifest, composed: Composed) -> tuple[StepConfig, list[str]]:
-    """The typed configuration; the manifest's choices are enforced with the schema's rules, all faults together."""
+def _executor_name(composed: Composed) -> str:
+    name = preflight.lookup(composed.data, "run.env.executor")
+    return name if isinstance(name, str) else "local"
+
+
+def typed(step: Manifest, composed: Composed, executor: Executor) -> tuple[StepConfig, RunEnv, list[str]]:
+    """The typed configuration, and its run.env as the executor types it; the manifest's choices are enforced with the
+    schema's rules, all faults together."""
     cls: type[StepConfig] = importlib.import_module(step.schema_module).Config
     problems: list[Problem] = []
     result: tuple[StepConfig, list[str]] | None = None
@@ -81,6 +132,9 @@ def typed(step: Manifest, composed: Composed) -> tuple[StepConfig, list[str]]:
         result = validate(cls, composed.data, composed.sources)
     except ConfigError as error:
         problems += error.problems
+    given = preflight.lookup(composed.data, "run.env")
+    env, wrong = check_section(executor.env, given or {}, composed.sources, "run.env")
+    problems += [problem for problem in wrong if problem.where not in {known.where for known in problems}]
     reported = {problem.where for problem in problems}
     for parameter in step.parameters:
         value = preflight.lookup(composed.data, parameter.name)
@@ -98,15 +152,23 @@ def typed(step: Manifest, composed: Composed) -> tuple[StepConfig, list[str]]:
     if problems:
         raise ConfigError(problems)
     assert result is not None
-    return result
+    assert env is not None
+    return result[0], env, result[1]
 
 
 def _secrets(composed: Composed) -> Iterator[Problem]:
     """Secrets outside of run.env.env_vars: what a step reads from its configuration is on disk for everybody."""
+    variables = preflight.lookup(composed.data, "run.env.env_vars")
+    hidden = {str(value) for name, value in variables.items() if is_secret(name)} if isinstance(variables, dict) else ()
     for path, value in leaves(composed.data):
+        if not isinstance(value, str) or not value or path[:3] == ("run", "env", "env_vars"):
+            continue
         key = ".".join(map(str, path))
-        if isinstance(value, str) and value and is_secret_key(str(path[-1])) and path[:3] != ("run", "env", "env_vars"):
-            what = "looks like a secret, and the configuration is written to the job's directory"
+        # A short value could be anything; a token never is.
+        inside = any(len(secret) >= _TOKEN_LENGTH and secret in value for secret in hidden)
+        if inside or (is_secret_key(str(path[-1])) and path[:3] != ("run", "env", "secret_vars")):
+            what = "holds a secret of run.env.env_vars" if inside else "looks like a secret"
+            what += ", and the configuration is written to the job's directory"
             hint = "Give it as run.env.env_vars.NAME, which is passed on in memory."
             yield Problem(key, what, source=composed.sources.get(key, ""), hint=hint)
 
@@ -126,8 +188,13 @@ def _plan(wanting: Planned, planned: dict[str, Planned], above: tuple[str, ...])
         return
     if wanting.step.id in above:
         raise ArtifactError(f"the steps need each other in a circle: {' -> '.join((*above, wanting.step.id))}")
-    for port in (*wanting.findings.missing, *_unfinished(wanting)):
-        maker = _maker(port, wanting)
+    for port, is_missing in _wanted(wanting):
+        try:
+            maker = _maker(port, wanting)
+        except ArtifactError:
+            if is_missing:
+                raise
+            continue  # nobody here makes it, and it may well be there
         wanting.waits_for[port.key] = maker.step.id
         _plan(maker, planned, (*above, wanting.step.id))
     # The rest of what is wrong stays wrong; what is only missing so far is being made.
@@ -136,6 +203,16 @@ def _plan(wanting: Planned, planned: dict[str, Planned], above: tuple[str, ...])
         problem for problem in wanting.problems if not (problem.where in wanting.waits_for and problem.name in made)
     ]
     planned[wanting.step.id] = wanting
+
+
+def _wanted(wanting: Planned) -> list[tuple[Port, bool]]:
+    """Inputs that a step shall make, and whether it is known that they are missing.
+
+    On a machine that cannot be seen from here, every input may be: its step runs, and leaves alone what is there.
+    """
+    if executors.get(wanting.spec.executor).sees_this_machine(wanting.spec.environment):
+        return [(port, True) for port in (*wanting.findings.missing, *_unfinished(wanting))]
+    return [(port, False) for port in wanting.step.consumes if preflight.lookup(wanting.config, port.key) is not None]
 
 
 def _unfinished(wanting: Planned) -> list[Port]:
@@ -154,16 +231,16 @@ def _maker(port: Port, wanting: Planned) -> Planned:
         if wanting.config_name not in catalog.configs(step):
             continue
         try:
-            candidate = prepare(step, wanting.config_name, profile=wanting.spec.profile)
+            candidate = prepare(step, wanting.config_name, place=replace(wanting.place, after=()))
         except StepsError as error:
             elsewhere.append(f"{step.id} -c {wanting.config_name} cannot be composed ({error})")
             continue
         for output in step.produces:
             if graph.is_a(output.type, port.type):
-                place = preflight.lookup(candidate.config, output.key)
-                if value is not None and place is not None and _same(str(place), str(value)):
+                made = preflight.lookup(candidate.config, output.key)
+                if value is not None and made is not None and _same(str(made), str(value)):
                     return candidate
-                elsewhere.append(f"{step.id} -c {wanting.config_name} writes {place}")
+                elsewhere.append(f"{step.id} -c {wanting.config_name} writes {made}")
     what = f"no step makes a {port.type} at {value} with the config {wanting.config_name!r}"
     raise ArtifactError(Problem(where=port.key, what=what, hint="; ".join(elsewhere), name=f"missing_{port.type}"))
 
@@ -180,5 +257,7 @@ def refuse(planned: Sequence[Planned]) -> None:
     problems: list[Any] = [problem for entry in planned for problem in entry.problems]
     if problems:
         artifacts = {problem for entry in planned for problem in entry.findings.problems}
-        kind = ArtifactError if any(problem in artifacts for problem in problems) else ConfigError
-        raise kind(problems)
+        if any(problem in artifacts for problem in problems):
+            raise ArtifactError(problems)
+        elsewhere = any(entry.spec.executor != "local" for entry in planned)
+        raise (ExecutorError if elsewhere else ConfigError)(problems)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steps.dispatch import executors
-from steps.dispatch.job import MASK
+from steps.dispatch.job import MASK, JobSpec, Status
 from steps.dispatch.plan import Planned
 from steps.dispatch.render import annotated, bold, section
 
@@ -91,6 +91,15 @@ def _inputs(entry: Planned) -> Iterator[str]:
 
 def _environment(entry: Planned) -> dict[str, str]:
     return {**entry.spec.env, **dict.fromkeys(entry.spec.secret_env, MASK)}
+
+
+def submitted(spec: JobSpec, status: Status) -> Iterator[str]:
+    """What a detached submission leaves on the screen."""
+    name = spec.id.rpartition("-")[2]
+    yield f"job {spec.id} is {status.state}" + (f": {status.reason}" if status.reason else "")
+    yield f"  steps jobs status {name}"
+    yield f"  steps jobs logs -f {name}"
+    yield f"  steps jobs cancel {name}"
 
 
 def results(entry: Planned, summary: dict[str, Any], directory: Path, seconds: float) -> Iterator[str]:

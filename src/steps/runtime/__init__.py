@@ -151,6 +151,8 @@ def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[A
         raise UsageError(f"{manifest.id} takes no arguments behind --, got {' '.join(passthrough)!r}")
     cls = importlib.import_module(manifest.schema_module).Config
     data, lines = yaml12.load(path)
+    if preflight.lookup(data, "run.env.executor") is not None:
+        data["run"]["env"]["executor"] = "local"  # whoever brought the job here: it is here now
     sources = {key: f"{path.name}:{line}" for key, line in lines.items()}
     config, _ = validate(cls, data, sources)
     findings = preflight.check(manifest, config, sources)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 from support.steps import fake_step
 
-from steps.dispatch.compose import compose
+from steps.dispatch.compose import Composed, compose
 from steps.errors import ConfigError
+
+
+def environment(**values) -> Composed:
+    return Composed({"run": {"env": values}}, {f"run.env.{key}": "profile p" for key in values})
 
 
 def test_layers_weakest_first(tmp_path):
@@ -15,7 +19,7 @@ def test_layers_weakest_first(tmp_path):
         default="train:\n  iters: 100\n  list: [a, b]\nname: x\n",
         tiny="defaults: default\ntrain:\n  iters: 5\n  list: [c]\n",
     )
-    composed = compose(step, "tiny", ["train.iters=7"], {"nodes": 2, "_source": "profile p"})
+    composed = compose(step, "tiny", ["train.iters=7"], environment(nodes=2))
     assert composed.data == {"train": {"iters": 7, "list": ["c"]}, "name": "x", "run": {"env": {"nodes": 2}}}
     assert composed.sources["train.iters"] == "command line"
     assert composed.sources["train.list"] == "tiny.yaml:4"
@@ -25,7 +29,7 @@ def test_layers_weakest_first(tmp_path):
 
 def test_dotlist_wins_over_the_profile(tmp_path):
     step = fake_step(tmp_path, default="a: 1\n")
-    composed = compose(step, "default", ["run.env.time=12:00:00"], {"time": "4:00:00", "_source": "profile p"})
+    composed = compose(step, "default", ["run.env.time=12:00:00"], environment(time="4:00:00"))
     assert composed.data["run"]["env"]["time"] == "12:00:00"
 
 

@@ -82,3 +82,6 @@ class Config(StepConfig):
             what = f"there is no file {template}, and it is no Jinja2 text"
             problems.append(Problem(where="chat_template", what=what, name="missing_chat_template"))
         return problems
+
+    def path_keys(self) -> tuple[str, ...]:
+        return ("tokenizer.model", "chat_template")

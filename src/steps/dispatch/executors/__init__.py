@@ -1,4 +1,5 @@
-"""Where jobs run. One file each, found by its name: it holds `EXECUTOR`, an object as `base.Executor` describes."""
+"""Where jobs run. One module or package each, found by its name: it holds `EXECUTOR`, an object as `base.Executor`
+describes."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from steps.config.base import StepConfig
-from steps.dispatch.job import JobSpec, Status, quote, read_status, step_arguments, utc_now
+from steps.config.base import RunEnv, StepConfig
+from steps.dispatch.job import JobRecord, JobSpec, Status, quote, read_status, setup_commands, step_arguments, utc_now
 from steps.dispatch.watch import Watch
 from steps.errors import Problem
 
@@ -23,30 +23,53 @@ _GRACE_SECONDS = 15.0
 class Local:
     """Executor `local`."""
 
-    is_local = True
+    env = RunEnv
+    imports_images = False
+    has_order = False
 
-    def check(self, config: StepConfig) -> Iterable[Problem]:
+    def workspace(self, env: RunEnv) -> str | None:
+        return None
+
+    def sees_this_machine(self, env: RunEnv) -> bool:
+        return True
+
+    def check(self, config: StepConfig, env: RunEnv) -> Iterable[Problem]:
         yield from config.launch_here()
-        if (config.run.env.nodes or 1) > 1:
+        if (env.nodes or 1) > 1:
             hint = "Use a Slurm profile for several nodes."
             yield Problem(where="run.env.nodes", what="this machine is one node", allowed="1", hint=hint)
+
+    def probe(self, env: RunEnv) -> Iterable[Problem]:
+        return ()
 
     def render(self, spec: JobSpec) -> Mapping[str, str]:
         return {SCRIPT: script(spec)}
 
-    def submit(self, spec: JobSpec, *, attached: bool) -> int:
-        environment = {**os.environ, **spec.secret_env}
-        if attached:
-            return supervise(spec.directory, environment, watched=True)
+    def attach(self, spec: JobSpec) -> int:
+        return supervise(spec.directory, {**os.environ, **spec.secret_env}, watched=True)
+
+    def submit(self, spec: JobSpec) -> Status:
         subprocess.Popen(
             [sys.executable, "-m", "steps.dispatch.executors.local", os.fspath(spec.directory)],
-            env=environment,
+            env={**os.environ, **spec.secret_env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        return 0
+        return Status()
+
+    def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
+        return [read_status(job.directory) for job in jobs]
+
+    def logs(self, job: JobRecord, *, follow: bool) -> Iterator[bytes]:
+        yield (job.directory / "log").read_bytes()
+
+    def cancel(self, job: JobRecord) -> None:
+        raise NotImplementedError
+
+    def fetch(self, job: JobRecord) -> None:
+        pass
 
 
 EXECUTOR = Local()
@@ -59,7 +82,9 @@ def script(spec: JobSpec) -> str:
         # --standalone picks a free rendezvous port, so that two jobs on one machine never meet.
         python += ["-m", "steps.runtime.torchrun", "--standalone", f"--nproc-per-node={spec.nprocs}"]
     exports = [f"export {name}={quote([value])}" for name, value in spec.env.items()]
-    return "\n".join(["#!/bin/sh", *exports, f"exec {quote([*python, *step_arguments(spec)])}", ""])
+    before = setup_commands(spec.environment, sys.executable)
+    before = ["set -e", *before] if before else []
+    return "\n".join(["#!/bin/sh", *exports, *before, f"exec {quote([*python, *step_arguments(spec)])}", ""])
 
 
 def supervise(directory: Path, environment: Mapping[str, str], *, watched: bool) -> int:

@@ -16,6 +16,7 @@ from steps.engine.adapters import targets
 from steps.engine.train import resume
 from steps.engine.train.plan import Plan, mismatches
 from steps.errors import ArtifactError, Problem
+from steps.preflight import lookup
 
 BASE, DATA = "checkpoint.pretrained_checkpoint", "dataset.nano3_packed_sft_dir"
 _PARALLEL = (
@@ -49,17 +50,29 @@ class Config(StepConfig):
 
     @property
     def chosen_engine(self) -> str:
-        """`engine` with auto decided for this machine: Megatron-Bridge where it is installed or only it can do it."""
+        """`engine` with auto decided for this machine: Megatron-Bridge where it is installed or only it can do it.
+
+        For a job that will run on another machine, auto stays auto where only looking there would tell.
+        """
         if self.engine != "auto":
             return self.engine
-        return "megatron_bridge" if _parallel(getattr(self, "recipe", None)) or bridge_installed() else "torch"
+        if _parallel(getattr(self, "recipe", None)):
+            return "megatron_bridge"
+        if self._elsewhere:
+            return "auto"
+        return "megatron_bridge" if bridge_installed() else "torch"
+
+    @property
+    def _elsewhere(self) -> bool:
+        return lookup(self, "run.env.executor") not in (None, "local")
 
     def accepts_unknown(self, key: str) -> str:
         section, _, rest = key.partition(".")
         open_here = section in self.open_sections if rest else section not in type(self).model_fields
         if section == "run" or not open_here:
             return ""
-        return "passed to Megatron-Bridge" if self.chosen_engine == "megatron_bridge" else ""
+        told = {"megatron_bridge": "", "auto": ", where it is installed"}
+        return "passed to Megatron-Bridge" + told[self.chosen_engine] if self.chosen_engine in told else ""
 
     def check_values(self) -> Iterator[Problem]:
         scheduler, train, optimizer = self.scheduler, self.train, self.optimizer
@@ -74,7 +87,7 @@ class Config(StepConfig):
             yield Problem(where="optimizer.min_lr", what=what)
         if self.chosen_engine == "torch":
             yield from self._check_torch()
-        elif self.recipe.target is None:
+        elif self.chosen_engine == "megatron_bridge" and self.recipe.target is None:
             what = "is required by the engine megatron_bridge"
             yield Problem(where="recipe._target_", what=what, hint="Name a recipe function, or choose engine=torch.")
 
@@ -86,7 +99,7 @@ class Config(StepConfig):
                     allowed="1", hint="Set engine=megatron_bridge, or start more processes (run.env.nprocs_per_node).",
                 )  # fmt: skip
         env, train = self.run.env, self.train
-        processes = (env.nprocs_per_node or env.gpus_per_node or 1) * (env.nodes or 1)
+        processes = env.processes * (env.nodes or 1)
         if train.global_batch_size % (train.micro_batch_size * processes):
             of = f" times {processes} processes" if processes > 1 else ""
             what = f"{train.global_batch_size} is no multiple of micro_batch_size ({train.micro_batch_size}){of}"
@@ -143,7 +156,10 @@ class Config(StepConfig):
 
     def wants_torchrun(self) -> bool:
         # Megatron-Bridge joins a process group even when it is alone.
-        return self.chosen_engine == "megatron_bridge"
+        return self.chosen_engine != "torch"
+
+    def path_keys(self) -> tuple[str, ...]:
+        return ("checkpoint.load", "logger.tensorboard_dir")
 
     def plan(self, inputs: Mapping[str, Artifact]) -> Plan:
         """What the torch engine is told."""
