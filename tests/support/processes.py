@@ -53,6 +53,10 @@ def kill(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def children_of(pid: int) -> set[int]:
+    return {child for child, parent in _parents().items() if parent == pid}
+
+
 def members_of(directory: Path, *marks: str) -> set[int]:
     """Processes that belong to a server: those that hold a file or a unix socket below `directory` open, those whose
     environment has, for every mark, a variable that begins with it, and all that descend from these.

@@ -14,7 +14,17 @@ import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE", "BOOT_FAIL")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "DEADLINE",
+    "BOOT_FAIL",
+)
 DEFAULT_COLUMNS = "JobID,JobName,Partition,Account,AllocCPUS,State,ExitCode"
 # A column's name in sacct -> its name in `scontrol show job` and in the job completion file.
 COLUMNS = {
@@ -67,8 +77,12 @@ def completed(configuration: Path) -> dict[str, dict[str, str]]:
 def known(configuration: Path) -> dict[str, dict[str, str]]:
     """Every job since the cluster's start: those that the controller remembers over those that it wrote down."""
     answer = subprocess.run(["scontrol", "--oneliner", "show", "jobs"], capture_output=True, text=True)
-    live = [fields(line) for line in answer.stdout.splitlines()]
-    return completed(configuration) | {row["JobId"]: row for row in live if "JobId" in row}
+    rows = completed(configuration)
+    for row in (fields(line) for line in answer.stdout.splitlines() if line.startswith("JobId=")):
+        if row["JobState"] == "COMPLETING":  # accounting has the state that it ends in as soon as it is written down
+            row["JobState"] = rows.get(row["JobId"], {}).get("JobState", "RUNNING")
+        rows[row["JobId"]] = row
+    return rows
 
 
 def cell(row: dict[str, str], column: str) -> str:
@@ -76,8 +90,6 @@ def cell(row: dict[str, str], column: str) -> str:
     value = row.get(COLUMNS[column][0], "")
     if column == "state" and value == "CANCELLED":
         return f"CANCELLED by {os.getuid()}"
-    if column == "state" and value == "COMPLETING":
-        return "RUNNING"
     return (value or "None") if column == "reason" else value
 
 

@@ -166,7 +166,9 @@ class Cluster:
         deadline = time.monotonic() + timeout
         while (seen := self.show(job)).get("JobState") not in wanted:
             if time.monotonic() > deadline:
-                raise ClusterError(f"job {job} is not {' or '.join(wanted)} after {timeout} s: {seen}\n{self.log_tail()}")
+                raise ClusterError(
+                    f"job {job} is not {' or '.join(wanted)} after {timeout} s: {seen}\n{self.log_tail()}"
+                )
             time.sleep(0.05)
         return seen
 
@@ -190,9 +192,12 @@ class Cluster:
         stop_process(self._daemons.pop("slurmctld"))
 
     def start_controller(self, timeout: float = 30) -> None:
-        """Start slurmctld and wait for its answer. After stop_controller() it remembers its jobs."""
+        """Start slurmctld and wait until it answers and knows its living nodes. After stop_controller() it remembers
+        its jobs."""
         self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", str(self.configuration))
         self._wait("slurmctld", lambda: self.run("scontrol", "ping").returncode == 0, timeout)
+        living = [node for node in NODES if node in self._daemons]
+        self._wait("the nodes", lambda: not any("unk" in self.node_states()[node] for node in living), timeout)
 
     def kill_node(self, node: str, *, noticed: bool = True) -> None:
         """The power of a node goes: slurmd, its step daemons and all that its jobs started get SIGKILL at once.
