@@ -24,8 +24,26 @@ $(VENV)/.base: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) install --editable '.[dev,parity]'
+	$(PIP) install --editable '.[dev,parity,cluster]'
 	touch $@
+
+# NeMo-Run as `pip install 'peft-steps[cluster]'` brings it, in an environment with nothing else of the tests: a release of
+# something else that makes it impossible to import must be seen here, not on a login node.
+$(VENV)-cluster/.done: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(TORCH)
+	$(@D)/bin/python -m pip install --quiet '.[cluster]'
+	cd / && $(abspath $(@D))/bin/python -c "import nemo_run, leptonai.api.v2.client, steps.dispatch.cli"
+	touch $@
+
+# The tests run a real Slurm of their own. Where apt can bring it, it does; elsewhere those tests are skipped, and say so.
+.PHONY: servers
+servers:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! ( PATH="$$PATH:/usr/sbin"; \
+			for tool in slurmctld slurmd munged sbatch sshd rsync; do command -v $$tool >/dev/null || exit 1; done ); then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+			slurm-wlm munge openssh-server openssh-client rsync >/dev/null || echo "no Slurm: its tests will be skipped"; \
+	fi
 
 $(VENV)-bridge/.done:
 	$(PYTHON) -m venv $(@D)
@@ -38,7 +56,7 @@ $(VENV)-bridge/.done:
 demo: $(VENV)/.base  ## Fine-tune a real small model on real conversations, merge it, let it answer.
 	$(BIN)/steps run convert/merge_lora -c tiny --upstream
 
-test: $(VENV)/.dev $(BRIDGE:%=%/.done)  ## Everything that must hold before a change lands.
+test: $(VENV)/.dev $(BRIDGE:%=%/.done) $(VENV)-cluster/.done servers  ## Everything that must hold before a change lands.
 	$(MAKE) --no-print-directory check
 	STEPS_BRIDGE_PYTHON=$(BRIDGE:%=$(CURDIR)/%/bin/python) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow" --durations=10
@@ -60,4 +78,4 @@ bench: $(VENV)/.dev  ## Measure against peers, side by side.
 	$(BIN)/python benchmarks/startup.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-bridge output .steps build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-bridge $(VENV)-cluster output .steps build dist src/*.egg-info

@@ -19,7 +19,9 @@ README = DOCS.parent / "README.md"
 
 def cli() -> str:
     """The command line's reference, from the command line itself."""
-    command = [sys.executable, "-m", "typer", "steps.dispatch.cli", "utils", "docs", "--name", "steps"]
+    arguments = ["typer", "steps.dispatch.cli", "utils", "docs", "--name", "steps"]
+    whole = f"import runpy, sys; from steps.dispatch import cli; cli.add_groups(); sys.argv = {arguments!r}"
+    command = [sys.executable, "-c", f"{whole}; runpy.run_module('typer', run_name='__main__')"]
     # A fixed width keeps the text the same on every terminal.
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
