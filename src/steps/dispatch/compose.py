@@ -46,11 +46,17 @@ def compose(
     if environment:
         _merge(composed, environment.data, lambda key: environment.sources.get(key, ""))
     dotlist.apply(composed.data, composed.sources, parsed)
+    settle(composed)
+    return composed
+
+
+def settle(composed: Composed) -> None:
+    """Resolve `${…}` everywhere, in place, the job's own variables first. Raises ConfigError with every one that does
+    not resolve."""
     variables = _job_variables(composed)
     composed.from_environment = frozenset(name for name, text in variables.items() if "${oc.env:" in str(text))
     with _as_environment(_resolve_variables(composed, variables)):
         composed.data = resolve(composed.data, composed.sources)
-    return composed
 
 
 def _job_variables(composed: Composed) -> dict[str, Any]:
