@@ -100,7 +100,7 @@ def _unix_sockets(directory: Path) -> set[str]:
 def _holds(pid: int, directory: Path, sockets: set[str]) -> bool:
     for descriptor in _listing(Path(f"/proc/{pid}/fd")):
         with contextlib.suppress(OSError):
-            target = os.readlink(descriptor)
+            target = str(descriptor.readlink())
             if target in sockets or target.startswith(f"{directory}/"):
                 return True
     return False

@@ -43,8 +43,8 @@ COLUMNS = {
     "end": ("EndTime", "EndTime"),
     "workdir": ("WorkDir", "WorkDir"),
 }
-# Values with spaces in them: a field ends where the one that always follows it begins.
-_FIELD = re.compile(r"(?:^| )(JobName|Name|WorkDir|Command|StdOut|StdErr|StdIn|Comment|[A-Za-z][\w:/]*)=")
+_FIELD = re.compile(r"(?:^| )([A-Za-z][\w:/]*)=")
+# Text of a user's choice, which may look like fields: it ends where the field begins that always follows it.
 _FREE_TEXT = {"JobName": " UserId=", "Name": " JobState="}
 
 
@@ -94,10 +94,9 @@ def cell(row: dict[str, str], column: str) -> str:
 
 
 def since(text: str) -> datetime:
-    """A time as in --starttime: an ISO date or moment, `now`, or `now-N` with seconds, minutes, hours, days or weeks."""
-    if relative := re.fullmatch(r"now(?:-(\d+)(second|minute|hour|day|week)s?)?", text):
-        amount = {f"{relative[2] or 'second'}s": int(relative[1] or 0)}
-        return datetime.now() - timedelta(**amount)
+    """A time as in --starttime: an ISO date or moment, or now+N or now-N seconds, minutes, hours, days."""
+    if relative := re.fullmatch(r"now(?:([+-]\d+)(second|minute|hour|day|week)s?)?", text):
+        return datetime.now() + timedelta(**{f"{relative[2] or 'second'}s": int(relative[1] or 0)})
     # 1970-01-01-00:00:01 is a spelling that Slurm takes too
     return datetime.fromisoformat(re.sub(r"^(\d+-\d+-\d+)-", r"\1T", text))
 

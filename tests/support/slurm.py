@@ -1,4 +1,4 @@
-"""A real, private Slurm on this machine: munged, slurmctld and two slurmd on loopback, for as long as a test needs them.
+"""A real, private Slurm on this machine: munged, slurmctld and two slurmd on loopback, as long as a test needs them.
 
 Nothing of the machine's own Slurm is read or written. Everything lies under one directory in /tmp (its short name keeps
 the unix sockets below their 108 bytes), runs as the current user, root or not, on ports that were free, so that several
@@ -8,11 +8,9 @@ clusters live side by side. The nodes claim 4 CPUs each, shared eight times over
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,10 +21,14 @@ from types import TracebackType
 
 from support import sacct
 from support.processes import Guard, kill, members_of, stop_process
+from support.slurm_conf import MEMORY_LIMITS, NODES, slurm_conf, user_name
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
-NODES = ("n1", "n2")
-SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def search_path() -> str:
+    """PATH, with the directories that daemons are in and that an ordinary user's PATH may lack."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 class ClusterError(RuntimeError):
@@ -36,13 +38,14 @@ class ClusterError(RuntimeError):
 class Cluster:
     """Two nodes (n1, n2), the partitions `batch` (default) and `debug`, no accounting: `sacct` is there and exits 1.
 
-    settings: slurm.conf overrides, as {"MinJobAge": "2", "KillWait": "2"}. MinJobAge=2 makes the controller forget an
-        ended job two to four seconds later.
-    memory_limits: the nodes watch memory once a second and end a job above its --mem as OUT_OF_MEMORY.
+    settings: slurm.conf overrides. {"MinJobAge": "2"} makes the controller forget an ended job some ten seconds later;
+        {"SlurmdTimeout": "3"} makes it notice a silent node after some fifteen.
+    memory_limits: the nodes look at memory once a second and kill what is above its --mem. The job is then FAILED, with
+        "Exceeded job memory limit" in its output: it takes cgroups for Slurm to call that OUT_OF_MEMORY.
     """
 
     def __init__(self, settings: Mapping[str, str] | None = None, *, memory_limits: bool = False) -> None:
-        self.settings = {**(_MEMORY_LIMITS if memory_limits else {}), **(settings or {})}
+        self.settings = {**(MEMORY_LIMITS if memory_limits else {}), **(settings or {})}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._directory: Path | None = None
         self._guard: Guard | None = None
@@ -50,8 +53,13 @@ class Cluster:
     @staticmethod
     def missing() -> str:
         """A sentence that says what this machine lacks, or nothing at all."""
-        absent = [program for program in PROGRAMS if shutil.which(program, path=SEARCH_PATH) is None]
-        return f"no private Slurm: {', '.join(absent)} not found (apt install slurm-wlm munge)" if absent else ""
+        if absent := [program for program in PROGRAMS if shutil.which(program, path=search_path()) is None]:
+            return f"no private Slurm: {', '.join(absent)} not found (apt install slurm-wlm munge)"
+        try:
+            user_name()
+        except KeyError:
+            return f"no private Slurm: user {os.getuid()} is not in the password file"
+        return ""
 
     @property
     def directory(self) -> Path:
@@ -67,7 +75,7 @@ class Cluster:
     @property
     def env(self) -> dict[str, str]:
         """What a user's shell on this cluster adds to its environment: SLURM_CONF and PATH."""
-        return {"SLURM_CONF": str(self.configuration), "PATH": SEARCH_PATH}
+        return {"SLURM_CONF": str(self.configuration), "PATH": search_path()}
 
     def __enter__(self) -> Cluster:
         return self.start()
@@ -78,7 +86,7 @@ class Cluster:
     # starting and stopping
 
     def start(self, timeout: float = 30) -> Cluster:
-        """Start the daemons and wait until both nodes are idle. ClusterError, and nothing left, if they do not come up."""
+        """Start the daemons and wait until both nodes are idle. ClusterError, and nothing left, if they do not come."""
         if lack := self.missing():
             raise ClusterError(lack)
         for attempt in range(3):
@@ -106,7 +114,7 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         (root / "plugstack.conf").touch()
         (root / "gres.conf").write_text("Name=gpu File=/dev/null,/dev/zero\n")  # device files that every machine has
-        self.configuration.write_text(_slurm_conf(root, self.settings))
+        self.configuration.write_text(slurm_conf(root, self.settings))
         munge = {"socket": "s", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={root / 'munge' / name}" for option, name in munge.items()]
         self._spawn("munged", "munged", "--foreground", "--force", "--num-threads=2", *options)
@@ -117,7 +125,10 @@ class Cluster:
         self._wait("the nodes", lambda: self.node_states() == dict.fromkeys(NODES, "idle"), timeout)
 
     def stop(self) -> None:
-        """Cancel every job, end every daemon and remove the directory. Safe to call twice, and after half a start."""
+        """Cancel every job, end every daemon and remove the directory. Safe to call twice, and after half a start.
+
+        0.2 s, or 3 s when a node was lost: slurmctld waits for its last messages to that node.
+        """
         if self._directory is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -131,10 +142,10 @@ class Cluster:
             self._guard.dismiss()
         self._directory = self._guard = None
 
-    def cancel_all(self, timeout: float = 10) -> None:
+    def cancel_all(self, timeout: float = 5) -> None:
         """scancel every job and wait for an empty queue."""
         deadline = time.monotonic() + timeout
-        self.run("scancel", "--user", getpass.getuser(), timeout=timeout)
+        self.run("scancel", "--user", user_name(), timeout=timeout)
         while self.run("squeue", "--noheader", timeout=timeout).stdout.strip() and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -173,7 +184,7 @@ class Cluster:
         return seen
 
     def expire(self, job: int) -> None:
-        """Let the time limit of a running job be over now. Slurm counts limits in minutes and looks twice a minute."""
+        """Let the time limit of a running job be over now. Slurm looks twice a minute: TIMEOUT comes within 30 s."""
         self.run("scontrol", "update", f"JobId={job}", "EndTime=now", check=True)
 
     def write_sacct(self, directory: Path) -> Path:
@@ -188,7 +199,10 @@ class Cluster:
     # faults
 
     def stop_controller(self) -> None:
-        """End slurmctld. Jobs go on; sbatch, squeue and scontrol fail."""
+        """End slurmctld. Jobs go on; sbatch, squeue and scontrol fail, after nine seconds of trying.
+
+        A job that ends meanwhile is reported half a minute later: its step daemon sleeps between its tries.
+        """
         stop_process(self._daemons.pop("slurmctld"))
 
     def start_controller(self, timeout: float = 30) -> None:
@@ -257,65 +271,3 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise ClusterError(f"{what} not up after {timeout} s; nodes: {self.node_states()}")
             time.sleep(0.05)
-
-
-# slurmd can end a job above its memory without cgroups; it needs memory as something that is allocated.
-_MEMORY_LIMITS = {
-    "JobAcctGatherType": "jobacct_gather/linux",
-    "JobAcctGatherParams": "OverMemoryKill",
-    "JobAcctGatherFrequency": "task=1",
-    "SelectTypeParameters": "CR_Core_Memory",
-    "DefMemPerNode": "100",
-}
-
-
-def free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody listens on now, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def _slurm_conf(root: Path, settings: Mapping[str, str]) -> str:
-    """The text of slurm.conf for a cluster in `root`."""
-    host, user = socket.gethostname().partition(".")[0], getpass.getuser()
-    controller, *ports = free_ports(1 + len(NODES))
-    values = {
-        "ClusterName": "private",
-        "SlurmctldHost": f"{host}(127.0.0.1)",
-        "SlurmctldPort": str(controller),
-        "SlurmUser": user,
-        "SlurmdUser": user,
-        "AuthType": "auth/munge",
-        "AuthInfo": f"socket={root}/munge/s",
-        "CredType": "cred/munge",
-        "MpiDefault": "none",
-        "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",
-        "JobAcctGatherType": "jobacct_gather/none",
-        "AccountingStorageType": "accounting_storage/none",
-        "JobCompType": "jobcomp/filetxt",
-        "JobCompLoc": f"{root}/jobcomp.txt",
-        "PlugStackConfig": f"{root}/plugstack.conf",
-        "StateSaveLocation": f"{root}/state",
-        "SlurmdSpoolDir": f"{root}/spool/%n",
-        "SlurmctldPidFile": f"{root}/slurmctld.pid",
-        "SlurmdPidFile": f"{root}/%n.pid",
-        "SlurmdParameters": "config_overrides",  # the nodes may claim more than the machine has
-        "ReturnToService": "2",
-        "SelectType": "select/cons_tres",
-        "SelectTypeParameters": "CR_Core",
-        "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1",
-        "KillWait": "2",
-        "MinJobAge": "3600",
-        "GresTypes": "gpu",
-        **settings,
-    }
-    node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
-    partition = "Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP OverSubscribe=FORCE:8"
-    lines = [f"{name}={value}" for name, value in values.items()]
-    lines += [f"NodeName={name} Port={port} {node}" for name, port in zip(NODES, ports, strict=True)]
-    lines += [f"PartitionName=batch Default=YES {partition}", f"PartitionName=debug {partition}"]
-    return "\n".join(lines) + "\n"

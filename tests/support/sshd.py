@@ -6,8 +6,8 @@ HOME says, so a program that starts `ssh` or `rsync` by itself is steered by a P
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import shlex
 import shutil
 import socket
@@ -38,7 +38,7 @@ class Sshd:
 
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
         self.env = dict(env or {})
-        self.user = getpass.getuser()
+        self.user = pwd.getpwuid(os.getuid()).pw_name
         self.port = 0
         self._daemon: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
@@ -79,7 +79,7 @@ class Sshd:
         self.stop()
 
     def start(self, timeout: float = 20) -> Sshd:
-        """Make the keys, start the server and wait for its greeting. SshdError, and nothing left, if it does not come up."""
+        """Make the keys, start the server, wait for its greeting. SshdError, and nothing left, if it does not come."""
         if lack := self.missing():
             raise SshdError(lack)
         self._directory = Path(tempfile.mkdtemp(prefix="sshd-", dir="/tmp"))
@@ -189,6 +189,10 @@ def _is_sshd(pid: int) -> bool:
         return False
 
 
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"")
+
+
 def _client_config(here: Path, host: str, port: int) -> str:
     values = {
         "Port": str(port),
@@ -204,7 +208,7 @@ def _client_config(here: Path, host: str, port: int) -> str:
 
 def _server_config(here: Path, host: str, port: int, env: Mapping[str, str]) -> str:
     # sshd takes the first SetEnv line and no other: all variables go into one
-    variables = " ".join(f'"{name}={value}"' for name, value in env.items())
+    variables = " ".join(f'"{name}={_escaped(value)}"' for name, value in env.items())
     values = {
         "Port": str(port),
         "ListenAddress": host,
