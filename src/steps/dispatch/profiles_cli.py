@@ -1,0 +1,197 @@
+"""`steps profiles`: list, show, check, init."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steps.errors import ExecutorError, Problem, StepsError, UsageError, suggest
+
+app = typer.Typer(
+    help="Where jobs run: profiles of an env.toml, and the shipped ones.", no_args_is_help=True, rich_markup_mode=None
+)
+
+EnvFile = Annotated[
+    str | None,
+    typer.Option("--env-file", metavar="PATH", help="Profiles (default: $STEPS_ENV_FILE, env.toml upwards from here)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A profile, as `steps profiles list` shows it.")]
+
+#: A value that somebody still has to fill in, as the starters write them.
+_TO_FILL_IN = re.compile(r"<[^<>]+>")
+#: `${oc.env:NAME}` or `${oc.env:NAME,''}`: no secret stands in it.
+_FROM_SHELL = re.compile(r"\$\{oc\.env:\w+(,(''|\"\"|null))?\}")
+
+
+@app.command("list")
+def list_profiles(env_file: EnvFile = None, json: Json = False) -> None:
+    """List the profiles: your own, then the shipped ones."""
+    from steps.dispatch import env_files, profiles, render
+
+    tables = env_files.tables(env_file)
+    rows = [_row(name, tables) for name in profiles.names(tables)]
+    if json:
+        _print_json(rows)
+        return
+    header = ("NAME", "EXECUTOR", "EXTENDS", "FILE", "WHAT")
+    shown = [
+        (row["name"], row["executor"] or "-", row["extends"] or "-", row["file"],
+         f"broken: {row['problem']}" if row["problem"] else row["description"])
+        for row in rows
+    ]  # fmt: skip
+    _print(render.table(header, shown))
+
+
+def _row(name: str, tables: Any) -> dict[str, Any]:
+    from steps.dispatch import profiles
+
+    table = tables.all[name]
+    extends = table.values.get(profiles.EXTENDS)
+    row = {"name": name, "executor": "", "extends": "" if extends is None else str(extends), "file": table.file}
+    try:
+        profile = profiles.assemble(name, tables)
+    except ExecutorError as error:
+        return {**row, "description": "", "problem": str(error)}
+    return {**row, "executor": profile.executor, "description": profile.description, "problem": ""}
+
+
+@app.command()
+def show(name: Name, env_file: EnvFile = None, json: Json = False) -> None:
+    """Show a profile with everything it inherits, and where each value stands. Variables stay as they are written."""
+    from steps.dispatch import profiles, render
+
+    profile = profiles.load(name, env_file)
+    env = _without_secrets(profile.env)
+    if json:
+        _print_json({
+            "name": profile.name, "executor": profile.executor, "description": profile.description,
+            "chain": list(profile.chain), "env": env, "sources": dict(profile.sources),
+        })  # fmt: skip
+        return
+    print(render.bold(profile.name) + (f"  {profile.description}" if profile.description else ""))
+    print(f"made of {', '.join(profile.chain)}")
+    print()
+    _print(render.annotated(env, profile.sources))
+
+
+def _without_secrets(env: Mapping[str, Any]) -> dict[str, Any]:
+    """The values to show: a secret that somebody wrote down in the file is not shown again."""
+    from steps.dispatch.job import MASK, is_secret
+
+    variables = env.get("env_vars")
+    if not isinstance(variables, Mapping):
+        return dict(env)
+    shown = {
+        name: MASK if is_secret(name) and value and not _FROM_SHELL.fullmatch(str(value)) else value
+        for name, value in variables.items()
+    }
+    return {**env, "env_vars": shown}
+
+
+@app.command()
+def check(name: Name, env_file: EnvFile = None) -> None:
+    """Find what a job with this profile would stumble over, in the file, here and on the cluster; exit code 5 if any."""
+    from steps.config.base import StepConfig
+    from steps.config.validate import check_section
+    from steps.dispatch import executors, profiles
+    from steps.dispatch.compose import Composed, settle
+    from steps.errors import ConfigError
+
+    profile = profiles.load(name, env_file)
+    executor = executors.get(profile.executor)
+    problems = list(_unfilled(profile.env, profile.sources))
+    composed = profile.environment or Composed({"run": {"env": {}}})
+    try:
+        settle(composed)
+    except ConfigError as error:
+        problems += map(_with_variable, error.problems)
+    if not problems:
+        env, problems = check_section(executor.env, composed.data["run"]["env"], composed.sources, "run.env")
+        if env is not None:
+            problems = list(executor.check(StepConfig(), env))
+        if env is not None and not problems:
+            try:
+                problems = list(executor.probe(env))
+            except ExecutorError as error:
+                problems = list(error.problems)
+    if problems:
+        raise ExecutorError(problems)
+    print(f"{name} is ready")
+
+
+def _with_variable(problem: Problem) -> Problem:
+    """What to do about a variable that is not set."""
+    missing = re.search(r"Environment variable '(\w+)' not found", problem.what)
+    if not missing:
+        return problem
+    what = f"the variable {missing[1]} is not set"
+    hint = f"export {missing[1]}=…, or write a default into the file: ${{oc.env:{missing[1]},…}}"
+    return replace(problem, what=what, hint=hint)
+
+
+def _unfilled(env: Mapping[str, Any], sources: Mapping[str, str]) -> Iterator[Problem]:
+    from steps.dispatch.compose import leaves
+
+    for path, value in leaves(env):
+        key = ".".join(map(str, path))
+        if isinstance(value, str) and _TO_FILL_IN.fullmatch(value):
+            yield Problem(f"run.env.{key}", f"{value} is still to be filled in", source=sources.get(key, ""))
+
+
+@app.command()
+def init(
+    kind: Annotated[str, typer.Argument(metavar="slurm|lepton", help="What the profiles are for.")],
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", show_default=False, help="Default: env.toml.")] = Path(
+        "env.toml"
+    ),
+) -> None:
+    """Write an env.toml to start from, every value explained. Never overwrites."""
+    from steps.dispatch import env_files
+
+    starters = {file.stem: file for file in sorted((env_files.SHIPPED / "starters").glob("*.toml"))}
+    if kind not in starters:
+        hint = suggest(kind, starters) or f"There are: {', '.join(starters)}."
+        raise UsageError(f"there is no starter for {kind!r}", hint=hint)
+    if path.is_dir():
+        path /= env_files.NAME
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starters[kind].read_text(encoding="utf-8"))
+    except FileExistsError:
+        hint = f"Name another: steps profiles init {kind} PATH. The text is in {starters[kind]}, to copy from."
+        raise UsageError(f"{path} is there already, and stays as it is", hint=hint) from None
+    except OSError as error:
+        raise StepsError(f"{path} cannot be written: {error.strerror}") from error
+    option = "" if _is_found(path) else f" --env-file {shlex.quote(str(path))}"
+    profile = f"{kind}_peft_megatron_bridge"
+    print(f"wrote {path}")
+    print("Fill in what stands in <angle brackets>. Then:")
+    print(f"  steps profiles check {profile}{option}")
+    print(f"  steps run peft/megatron_bridge -b {profile}{option} --dry-run")
+
+
+def _is_found(path: Path) -> bool:
+    """Whether the file is read without being named."""
+    from steps.dispatch import env_files
+
+    try:
+        found = env_files.own_file()
+    except ExecutorError:  # $STEPS_ENV_FILE names a file that is not there
+        return False
+    return found is not None and found.resolve() == path.resolve()
+
+
+def _print(lines: Iterator[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _print_json(data: object) -> None:
+    import json
+
+    print(json.dumps(data, indent=2))
