@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from support import processes, sacct
-from support.slurm import NODES, Cluster, ClusterError
+from support.slurm import Cluster, ClusterError
+from support.slurm_conf import NODES
 from support.sshd import Sshd
 
 needs_slurm = pytest.mark.skipif(bool(Cluster.missing()), reason=Cluster.missing() or "found")
