@@ -55,7 +55,7 @@ class Slurm:
     def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
         from steps.dispatch.executors.slurm import state
 
-        return state.look_all(jobs)
+        return state.look(jobs)
 
     def logs(self, job: JobRecord, *, follow: bool) -> Iterator[bytes]:
         from steps.dispatch.executors.slurm import follow as following

@@ -1,4 +1,4 @@
-"""Submission: the job's directory, code and secrets are put on the cluster, then NeMo-Run's Slurm scheduler calls sbatch.
+"""Submission: the job is staged on the cluster, then NeMo-Run's Slurm scheduler calls sbatch.
 
 What may be left behind when this process dies at any point is known: status.json names the directory before anything is
 made, and the job's name in the queue is its id, by which it is found again.
@@ -13,7 +13,6 @@ import logging
 import os
 import posixpath
 import shlex
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steps.dispatch.executors.slurm import layout, package
+from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
+from steps.dispatch.executors.slurm.stage import Cluster, Stage, refused
 from steps.dispatch.job import CANCELLED, FAILED, PENDING, SUCCEEDED, JobRecord, JobSpec, Status, read_record, utc_now
 from steps.errors import ExecutorError
 
@@ -40,8 +40,8 @@ def submit(spec: JobSpec, look: Look) -> Status:
     status.write(spec.directory)
     try:
         dependency = _dependency(spec, look)
-        submission = _Submission(spec, Shell.of(_environment(spec)), layout.directory(spec))
-        status.handle |= submission.run(dependency)
+        stage = Stage(spec, Shell.of(_environment(spec)), layout.directory(spec))
+        status.handle |= _Submission(stage).run(dependency)
     except KeyboardInterrupt:
         _ended(spec, status, CANCELLED, "stopped by the user before it was submitted")
         raise
@@ -71,7 +71,7 @@ def _environment(spec: JobSpec) -> SlurmEnv:
 
 
 def _dependency(spec: JobSpec, look: Look) -> str:
-    """What `sbatch --dependency` is given: the profile's own, and the jobs of `spec.after` that have not succeeded yet."""
+    """What `sbatch --dependency` is given: the profile's own, and the jobs of `spec.after` that still run or wait."""
     numbers = []
     for name in spec.after:
         before = read_record(spec.directory.parent / name)
@@ -93,97 +93,42 @@ def _dependency(spec: JobSpec, look: Look) -> str:
     return ",".join([*([own] if own and numbers else []), *([f"afterok:{':'.join(numbers)}"] if numbers else [])])
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Submission:
-    spec: JobSpec
-    shell: Shell
-    directory: str
+    stage: Stage
 
     def run(self, dependency: str) -> dict[str, Any]:
         """Everything, in order; the rest of the job's handle. What was put on the cluster is removed on failure."""
         if importlib.util.find_spec("nemo_run") is None:
             what = "NeMo-Run, which submits to Slurm, is not installed"
             raise ExecutorError(what, hint="pip install 'peft-steps[cluster]'")
-        cluster = self._prepare()
+        cluster = self.stage.prepare()
         try:
             with _nemo_run() as nemo:
-                tunnel = nemo.tunnel(_environment(self.spec), self.directory)
+                tunnel = nemo.tunnel(_environment(self.stage.spec), self.stage.directory)
                 try:
-                    self._send(nemo, tunnel)
-                    self._send_secrets()
+                    self.stage.send(lambda source, target: nemo.rsync(tunnel, source, target))
+                    self.stage.send_secrets()
                     return self._sbatch(nemo, tunnel, cluster, dependency)
                 finally:
                     tunnel.cleanup()
         except _Unknown:
             raise
         except BaseException:
-            self._remove()
+            self.stage.remove()
             raise
 
-    @property
-    def _is_local_directory(self) -> bool:
-        return self.shell.here and self.directory == os.fspath(self.spec.directory.absolute())
-
-    def _prepare(self) -> _Cluster:
-        """Make the job's directory, which must be new, and see what the cluster has."""
-        directory = shlex.quote(self.directory)
-        make = "" if self._is_local_directory else f"mkdir -p -- {shlex.quote(posixpath.dirname(self.directory))}\n"
-        make += "" if self._is_local_directory else f"mkdir -- {directory}\n"
-        result = self.shell.run(
-            f"set -e\n{make}mkdir -- {directory}/work\n"
-            'command -v sbatch || echo\nprintf "%s\\n" "$SLURM_CONF"\n'
-            "srun --help 2>&1 | grep -c -e --container-image || true\n"
-            f"test -e {shlex.quote(layout.squash_file(self.spec) or '/')} && echo there || echo missing\n"
-        )
-        if result.returncode:
-            raise _refused(f"the job's directory cannot be made on {self.shell}", result.stderr)
-        sbatch, conf, pyxis, image = result.text.splitlines()
-        if not sbatch:
-            self._remove()
-            hint = "Use tunnel: ssh with the host of a login node, or run this on one."
-            raise ExecutorError(f"there is no sbatch on {self.shell}", hint=hint)
-        return _Cluster(sbatch, conf, pyxis != "0", image == "there")
-
-    def _send(self, nemo: _NemoRun, tunnel: Any) -> None:
-        """The job's files and our code. Through ssh in one rsync."""
-        names = ["config.yaml", "job.yaml", layout.SCRIPT, layout.NODE_SCRIPT]
-        names += [layout.SQUASH_SCRIPT] if layout.squash_file(self.spec) else []
-        try:
-            if self.shell.here:
-                target = Path(self.directory)
-                package.write(target / "code")
-                for name in () if self._is_local_directory else names:
-                    shutil.copy(self.spec.directory / name, target / name)
-                return
-            with tempfile.TemporaryDirectory(prefix="steps-") as staged:
-                package.write(Path(staged) / "code")
-                for name in names:
-                    shutil.copy(self.spec.directory / name, Path(staged) / name)
-                nemo.rsync(tunnel, staged, self.directory)
-        except shutil.Error as error:  # one entry a file, all for the same reason
-            raise _refused(f"the job's files cannot be put on {self.shell}", str(error.args[0][0][2])) from error
-        except OSError as error:
-            raise _refused(f"the job's files cannot be put on {self.shell}", str(error)) from error
-
-    def _send_secrets(self) -> None:
-        """Into a file for this user only, over stdin: in no command line, in no directory of a job."""
-        if not self.spec.secret_env:
-            return
-        text = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.spec.secret_env.items())
-        path = layout.secrets(self.directory)
-        folder = shlex.quote(posixpath.dirname(path))
-        script = f"set -eC; umask 077; mkdir -p -- {folder}; chmod 700 {folder}; cat > {shlex.quote(path)}"
-        result = self.shell.run(script, stdin=text.encode())
-        if result.returncode:
-            raise _refused(f"the job's secrets cannot be put on {self.shell}", result.stderr)
-
-    def _sbatch(self, nemo: _NemoRun, tunnel: Any, cluster: _Cluster, dependency: str) -> dict[str, Any]:
-        call = cluster.sbatch(self.spec)
-        name = layout.job_name(_environment(self.spec), self.spec.id)
+    def _sbatch(self, nemo: _NemoRun, tunnel: Any, cluster: Cluster, dependency: str) -> dict[str, Any]:
+        call = cluster.sbatch(self.stage.spec)
+        name = layout.job_name(_environment(self.stage.spec), self.stage.spec.id)
         image = ""
-        if layout.squash_file(self.spec) and cluster.pyxis and (self.spec.force_squash or not cluster.has_image):
+        if (
+            layout.squash_file(self.stage.spec)
+            and cluster.pyxis
+            and (self.stage.spec.force_squash or not cluster.has_image)
+        ):
             image = self._schedule(nemo, tunnel, call, layout.SQUASH_SCRIPT, f"{name}-image")
-            own = _environment(self.spec).dependency
+            own = _environment(self.stage.spec).dependency
             dependency = ",".join([*filter(None, [dependency or own]), f"afterok:{image}"])
         options = [f"--dependency={shlex.quote(dependency)}"] if dependency else []
         try:
@@ -196,9 +141,9 @@ class _Submission:
 
     def _schedule(self, nemo: _NemoRun, tunnel: Any, call: list[str], script: str, name: str) -> str:
         """NeMo-Run calls sbatch. When it is not clear how that went, the queue tells: the name is there only once."""
-        path = posixpath.join(self.directory, script)
+        path = posixpath.join(self.stage.directory, script)
         try:
-            return nemo.schedule(tunnel, self.spec, [*call, shlex.quote(path)])
+            return nemo.schedule(tunnel, self.stage.spec, [*call, shlex.quote(path)])
         except ExecutorError as error:
             if not isinstance(error, _Unknown):
                 raise
@@ -216,65 +161,15 @@ class _Submission:
             raise
 
     def _find(self, name: str) -> str:
-        """The number of the waiting or running job of that name, '' when there is none."""
-        result = self.shell.run(f"squeue --noheader --format=%i --name={shlex.quote(name)}")
+        """The number of the job of that name as long as the queue remembers it, '' when there is none."""
+        result = self.stage.shell.run(f"squeue --states=all --noheader --format=%i --name={shlex.quote(name)}")
         if result.returncode:
             raise ExecutorError(result.stderr.strip())
         return result.text.strip()
 
     def _cancel(self, number: str) -> None:
         with contextlib.suppress(ExecutorError):
-            self.shell.run(f"scancel {shlex.quote(number)}")
-
-    def _remove(self) -> None:
-        """Leave nothing on the cluster of a job that was not submitted."""
-        mine = f"{self.directory}/work" if self._is_local_directory else self.directory
-        code = f"{self.directory}/code"
-        with contextlib.suppress(ExecutorError):
-            self.shell.run("rm -rf -- " + " ".join(map(shlex.quote, (layout.secrets(self.directory), mine, code))))
-
-
-@dataclass(frozen=True)
-class _Cluster:
-    """What the login node has. conf: SLURM_CONF there; has_image: the container image is imported already."""
-
-    program: str
-    conf: str
-    pyxis: bool
-    has_image: bool
-
-    def sbatch(self, spec: JobSpec) -> list[str]:
-        """The beginning of the command line, quoted: sbatch as a login shell finds it.
-
-        sbatch hands its environment to the job and Slurm keeps that on its disk until then: variables that hold a
-        secret of the job are taken out of it. The job has them from its own file.
-        """
-        hidden = set(spec.secret_env.values())
-        names = [name for name, value in os.environ.items() if value in hidden or name in spec.secret_env]
-        call = ["env", *(f"--unset={name}" for name in names), *([f"SLURM_CONF={self.conf}"] if self.conf else [])]
-        return [*map(shlex.quote, [*call, self.program]), "--parsable"]
-
-
-def _refused(what: str, words: str) -> ExecutorError:
-    """A failure in the words of the machine, with what can be done about it."""
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
-    said = "; ".join(lines[-4:])
-    for part, hint in (
-        ("No space left", "Free some space on the cluster and submit again."),
-        ("Disk quota", "Free some space on the cluster and submit again."),
-        ("Read-only", "Set remote_job_dir to a directory that you may write to."),
-        ("Permission denied", "Set remote_job_dir to a directory that you may write to."),
-        ("nvalid partition", "Check partition, run_partition and batch_partition; `sinfo` lists what there is."),
-        ("nvalid account", "Check account; `sacctmgr show associations user=$USER` lists yours."),
-        ("nvalid qos", "Check qos in the profile."),
-        ("contact slurm controller", "The cluster's controller does not answer: try again later (`scontrol ping`)."),
-        ("node configuration", "Ask for what its nodes have: nodes, gpus_per_node, mem, cpus_per_task (`sinfo -Nl`)."),
-        ("rsync: command not found", "Install rsync here and on the login node."),
-        ("rsync: not found", "Install rsync here and on the login node."),
-    ):
-        if part in words:
-            return ExecutorError(f"{what}: {said}", hint=hint)
-    return ExecutorError(f"{what}: {said}", hint="`steps profiles check` looks at the profile and the cluster.")
+            self.stage.shell.run(f"scancel {shlex.quote(number)}")
 
 
 # NeMo-Run
@@ -313,10 +208,10 @@ class _NemoRun:
             tunnel.connect()
             self._rsync(tunnel.session, f"{shlex.quote(source)}/", shlex.quote(target))
         except (Exception, SystemExit) as error:
-            raise _refused("the job's files cannot be put on the cluster", _words(error)) from error
+            raise refused("the job's files cannot be put on the cluster", _words(error)) from error
 
     def schedule(self, tunnel: Any, spec: JobSpec, call: list[str]) -> str:
-        """sbatch, called by NeMo-Run's scheduler; the job's number. Raises ExecutorError, _Unknown when it may be there.
+        """sbatch, called by NeMo-Run's scheduler; the job's number. Raises ExecutorError; _Unknown: it may be there.
 
         The scheduler appends the path of a script as it would have written it; ours stands in `call`, so that a
         comment sign comes between.
@@ -335,9 +230,10 @@ class _NemoRun:
             answer: str = self._scheduler("steps").schedule(self._info(request, repr))
         except (Exception, SystemExit) as error:
             words = _words(error)
-            failed = _refused("the job was not submitted", words)
-            # Slurm's answer was lost, or it is not sbatch that failed: the job may be in the queue.
-            if "timed out" in words or not hasattr(error, "result"):
+            failed = refused("the job was not submitted", words)
+            # Slurm's answer was lost, sbatch was killed, or it is not sbatch that failed: the job may be in the queue.
+            result = getattr(error, "result", None)
+            if result is None or result.exited < 0 or "timed out" in words:
                 raise _Unknown(failed.problems) from error
             raise failed from error
         return answer.partition(";")[0]

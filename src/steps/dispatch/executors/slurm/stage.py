@@ -1,0 +1,137 @@
+"""What a job needs on the cluster before sbatch is called: its directory, its files and our code, its secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from steps.dispatch.executors.slurm import layout, package
+from steps.dispatch.executors.slurm.shell import Shell
+from steps.dispatch.job import JobSpec
+from steps.errors import ExecutorError
+
+#: Copies what is in a directory here into a directory on the cluster. Raises ExecutorError.
+Copy = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A job's place on the cluster. Every method raises ExecutorError."""
+
+    spec: JobSpec
+    shell: Shell
+    directory: str
+
+    @property
+    def _is_local_directory(self) -> bool:
+        return self.shell.here and self.directory == os.fspath(self.spec.directory.absolute())
+
+    def prepare(self) -> Cluster:
+        """Make the job's directory, which must be new, and see what the cluster has."""
+        directory = shlex.quote(self.directory)
+        make = "" if self._is_local_directory else f"mkdir -p -- {shlex.quote(posixpath.dirname(self.directory))}\n"
+        make += "" if self._is_local_directory else f"mkdir -- {directory}\n"
+        result = self.shell.run(
+            f"set -e\n{make}mkdir -- {directory}/work\n"
+            'command -v sbatch || echo\nprintf "%s\\n" "$SLURM_CONF"\n'
+            "srun --help 2>&1 | grep -c -e --container-image || true\n"
+            f"test -e {shlex.quote(layout.squash_file(self.spec) or '/')} && echo there || echo missing\n"
+        )
+        if result.returncode:
+            raise refused(f"the job's directory cannot be made on {self.shell}", result.stderr)
+        sbatch, conf, pyxis, image = result.text.splitlines()
+        if not sbatch:
+            self.remove()
+            hint = "Use tunnel: ssh with the host of a login node, or run this on one."
+            raise ExecutorError(f"there is no sbatch on {self.shell}", hint=hint)
+        return Cluster(sbatch, conf, pyxis != "0", image == "there")
+
+    def send(self, copy: Copy) -> None:
+        """The job's files and our code. Through ssh in one rsync."""
+        names = ["config.yaml", "job.yaml", layout.SCRIPT, layout.NODE_SCRIPT]
+        names += [layout.SQUASH_SCRIPT] if layout.squash_file(self.spec) else []
+        try:
+            if self.shell.here:
+                target = Path(self.directory)
+                package.write(target / "code")
+                for name in () if self._is_local_directory else names:
+                    shutil.copy(self.spec.directory / name, target / name)
+                return
+            with tempfile.TemporaryDirectory(prefix="steps-") as staged:
+                package.write(Path(staged) / "code")
+                for name in names:
+                    shutil.copy(self.spec.directory / name, Path(staged) / name)
+                copy(staged, self.directory)
+        except shutil.Error as error:  # one entry a file, all for the same reason
+            raise refused(f"the job's files cannot be put on {self.shell}", str(error.args[0][0][2])) from error
+        except OSError as error:
+            raise refused(f"the job's files cannot be put on {self.shell}", str(error)) from error
+
+    def send_secrets(self) -> None:
+        """Into a file for this user only, over stdin: in no command line, in no directory of a job."""
+        if not self.spec.secret_env:
+            return
+        text = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.spec.secret_env.items())
+        path = layout.secrets(self.directory)
+        folder = shlex.quote(posixpath.dirname(path))
+        script = f"set -eC; umask 077; mkdir -p -- {folder}; chmod 700 {folder}; cat > {shlex.quote(path)}"
+        result = self.shell.run(script, stdin=text.encode())
+        if result.returncode:
+            raise refused(f"the job's secrets cannot be put on {self.shell}", result.stderr)
+
+    def remove(self) -> None:
+        """Leave nothing on the cluster of a job that was not submitted."""
+        mine = f"{self.directory}/work" if self._is_local_directory else self.directory
+        code = f"{self.directory}/code"
+        with contextlib.suppress(ExecutorError):
+            self.shell.run("rm -rf -- " + " ".join(map(shlex.quote, (layout.secrets(self.directory), mine, code))))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the login node has. conf: SLURM_CONF there; has_image: the container image is imported already."""
+
+    program: str
+    conf: str
+    pyxis: bool
+    has_image: bool
+
+    def sbatch(self, spec: JobSpec) -> list[str]:
+        """The beginning of the command line, quoted: sbatch as a login shell finds it.
+
+        sbatch hands its environment to the job and Slurm keeps that on its disk until then: variables that hold a
+        secret of the job are taken out of it. The job has them from its own file.
+        """
+        hidden = set(spec.secret_env.values())
+        names = [name for name, value in os.environ.items() if value in hidden or name in spec.secret_env]
+        call = ["env", *(f"--unset={name}" for name in names), *([f"SLURM_CONF={self.conf}"] if self.conf else [])]
+        return [*map(shlex.quote, [*call, self.program]), "--parsable"]
+
+
+def refused(what: str, words: str) -> ExecutorError:
+    """A failure in the words of the machine, with what can be done about it."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    said = "; ".join(lines[-4:])
+    for part, hint in (
+        ("No space left", "Free some space on the cluster and submit again."),
+        ("Disk quota", "Free some space on the cluster and submit again."),
+        ("Read-only", "Set remote_job_dir to a directory that you may write to."),
+        ("Permission denied", "Set remote_job_dir to a directory that you may write to."),
+        ("nvalid partition", "Check partition, run_partition and batch_partition; `sinfo` lists what there is."),
+        ("nvalid account", "Check account; `sacctmgr show associations user=$USER` lists yours."),
+        ("nvalid qos", "Check qos in the profile."),
+        ("contact slurm controller", "The cluster's controller does not answer: try again later (`scontrol ping`)."),
+        ("node configuration", "Ask for what its nodes have: nodes, gpus_per_node, mem, cpus_per_task (`sinfo -Nl`)."),
+        ("rsync: command not found", "Install rsync here and on the login node."),
+        ("rsync: not found", "Install rsync here and on the login node."),
+    ):
+        if part in words:
+            return ExecutorError(f"{what}: {said}", hint=hint)
+    return ExecutorError(f"{what}: {said}", hint="`steps profiles check` looks at the profile and the cluster.")
