@@ -63,9 +63,9 @@ class Slurm:
         return following.logs(job, follow=follow)
 
     def cancel(self, job: JobRecord) -> None:
-        from steps.dispatch.executors.slurm import state
+        from steps.dispatch.executors.slurm import follow
 
-        state.cancel(job)
+        follow.cancel(job)
 
     def fetch(self, job: JobRecord) -> None:
         from steps.dispatch.executors.slurm import follow
