@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steps.dispatch import env_files, executors
+from steps.dispatch import env_files
 from steps.dispatch.compose import Composed, leaves
 from steps.dispatch.env_files import Table, Tables
 from steps.errors import ExecutorError, Problem, suggest
@@ -80,10 +80,8 @@ def assemble(name: str, tables: Tables) -> Profile:
     executor = next((table.values[EXECUTOR] for table in chain if EXECUTOR in table.values), None)
     if executor is None:
         what = "is no profile: it names no executor" + (", and nothing that it extends does" if len(chain) > 1 else "")
-        hint = suggest(name, [known for known in names(tables) if known != name])
-        raise ExecutorError(
-            Problem(where=nearest.place, what=what, hint=hint or 'Add executor = "…" or extends = "…".')
-        )
+        hint = 'Profiles have executor = "…" or extends = "…"; other tables are left alone.'
+        raise ExecutorError(Problem(where=nearest.place, what=what, hint=hint))
     words = {**_OTHER_WORDS[""], **(_OTHER_WORDS.get(executor, {}) if isinstance(executor, str) else {})}
     env: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -191,13 +189,14 @@ def _forget(sources: dict[str, str], key: str) -> None:
 def faults(profile: Profile) -> list[Problem]:
     """Fields that the executor does not know, and values of the wrong type. What holds `${…}` is typed when it is
     resolved."""
+    from steps.config.validate import check_section
+    from steps.dispatch import executors
+
     try:
         executor = executors.get(profile.executor)
     except ExecutorError as error:
         source = profile.sources.get(EXECUTOR, "")
         return [Problem(EXECUTOR, problem.what, source=source, hint=problem.hint) for problem in error.problems]
-    from steps.config.validate import check_section
-
     _, problems = check_section(executor.env, profile.env, profile.sources, "")
     return list(_explained(problem for problem in problems if not _is_late(profile.env, problem.where)))
 

@@ -95,7 +95,7 @@ def _without_secrets(env: Mapping[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def check(name: Name, env_file: EnvFile = None) -> None:
-    """Find what a job with this profile would stumble over, in the file, here and on the cluster; exit code 5 if any."""
+    """Find what a job with this profile would stumble over, here and on the cluster; exit code 5 if there is any."""
     from steps.config.base import StepConfig
     from steps.config.validate import check_section
     from steps.dispatch import executors, profiles
