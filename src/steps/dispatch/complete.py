@@ -47,3 +47,19 @@ def overrides(ctx: Any, incomplete: str) -> list[str]:
         return [f"{sign}{key}={choice}" for choice in choices if choice.startswith(start)]
     end = "" if sign == "~" else "="
     return [f"{sign}{row['key']}{end}" for row in rows if row["key"].startswith(key)]
+
+
+def job_ids(incomplete: str) -> list[str]:
+    """Ids, the newest first, `latest`, and for those who type the end of an id, the ends."""
+    from steps.dispatch import jobs
+
+    known = jobs.ids()[::-1]
+    ids = [name for name in ("latest", *known) if name.startswith(incomplete)]
+    return ids or [end for name in known if (end := name.rpartition("-")[2]).startswith(incomplete)]
+
+
+def states(incomplete: str) -> list[str]:
+    """The states of a job."""
+    from steps.dispatch.job import STATES
+
+    return [state for state in STATES if state.startswith(incomplete)]

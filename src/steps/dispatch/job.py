@@ -15,6 +15,7 @@ from typing import Any
 from steps.artifacts.record import write_text
 from steps.config import yaml12
 from steps.config.base import RunEnv
+from steps.dispatch import processes
 from steps.errors import StepsError, UsageError
 from steps.manifest import Manifest
 
@@ -147,11 +148,13 @@ def create(spec: JobSpec, files: Mapping[str, str]) -> None:
     """Make the job's directory, exclusively, with job.yaml, config.yaml and the executor's files."""
     spec.directory.parent.mkdir(parents=True, exist_ok=True)
     spec.directory.mkdir()
+    me = os.getpid()
     asked = {
         "id": spec.id, "step": spec.step, "config": spec.config_name, "profile": spec.profile,
         "executor": spec.executor, "image": spec.image, "nodes": spec.nodes, "nprocs_per_node": spec.nprocs,
         "submitted_at": utc_now(), "submitted_from": str(spec.base),
-        "submitted_by": {"host": _host(), "pid": os.getpid()}, "attached": spec.attached, "after": list(spec.after),
+        "submitted_by": {"host": processes.host(), "pid": me, "started": processes.started(me)},
+        "attached": spec.attached, "after": list(spec.after),
         "passthrough": list(spec.passthrough), "debug": spec.debug,
         "environment": {**spec.env, **dict.fromkeys(spec.secret_env, MASK)},
         "resolved": spec.config, "sources": dict(spec.sources),
@@ -164,6 +167,9 @@ def create(spec: JobSpec, files: Mapping[str, str]) -> None:
 
 
 PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLED, LOST = "pending", "running", "succeeded", "failed", "cancelled", "lost"
+STATES = (PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLED, LOST)
+#: The reason of a pending job of which nobody knows yet whether the cluster has it.
+SUBMITTING = "being submitted"
 
 
 @dataclass
@@ -192,11 +198,16 @@ class Status:
 
 @dataclass
 class JobRecord:
-    """A job that was asked for, as its directory tells it. asked: job.yaml."""
+    """A job that was asked for, as its directory tells it.
+
+    asked: job.yaml.
+    note:  what makes the status uncertain (a cluster out of reach); never on disk.
+    """
 
     directory: Path
     asked: Mapping[str, Any]
     status: Status
+    note: str = ""
 
     @property
     def id(self) -> str:
@@ -236,10 +247,6 @@ def read_status(directory: Path) -> Status:
 
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _host() -> str:
-    return os.uname().nodename
 
 
 def quote(command: Iterable[str]) -> str:

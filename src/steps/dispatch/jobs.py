@@ -1,11 +1,25 @@
-"""The jobs that were started from here, found again from any later shell."""
+"""The jobs that were started from here, found again from any later shell, and what has become of them."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
-from steps.dispatch.job import JOBS, JobRecord, read_record
-from steps.errors import UsageError, suggest
+from steps.dispatch import executors, processes
+from steps.dispatch.job import JOBS, LOST, PENDING, SUBMITTING, JobRecord, Status, read_record, read_status, utc_now
+from steps.errors import StepsError, UsageError, suggest
+
+_ID = re.compile(r"\d{8}-\d{6}-.+-[0-9a-f]{6}")
+#: How long a submission may take before a job without a trace of it is given up.
+_SUBMISSION_SECONDS = 60.0
+#: In a job's directory from its end until what it left on the cluster has been fetched.
+_UNFETCHED = ".unfetched"
 
 
 def home(start: Path | None = None) -> Path:
@@ -16,15 +30,173 @@ def home(start: Path | None = None) -> Path:
 
 def find(name: str) -> JobRecord:
     """The job of that id, of a part of it that fits only one, or in that directory. `latest` is the newest."""
-    if (Path(name) / "job.yaml").is_file():
-        return read_record(Path(name).absolute())
-    known = sorted(path.name for path in home().glob("*") if path.is_dir())
+    if name and _is_job(Path(name)):
+        return read(Path(name).absolute())
+    known = ids()
     if name == "latest" and known:
-        return read_record(home() / known[-1])
+        return read(home() / known[-1])
     fitting = [entry for entry in known if name and name in entry]
     if name in known or len(fitting) == 1:
-        return read_record(home() / (name if name in known else fitting[0]))
+        return read(home() / (name if name in known else fitting[0]))
     if fitting:
         raise UsageError(f"{name!r} could be any of {', '.join(fitting)}", hint="Write more of the id.")
     hint = suggest(name, known) or (f"The newest is {known[-1]}." if known else f"There are none in {home()}.")
     raise UsageError(f"there is no job {name!r}", hint=hint)
+
+
+def by_id(identity: str, near: Path) -> JobRecord:
+    """The job of that id beside the job directory `near`, or where `find` saw it from there."""
+    near = near.absolute()
+    for place in (near.parent, *(folder / JOBS for folder in near.parents)):
+        if (place / identity).is_dir():
+            return read(place / identity)
+    return _wreck(near.parent / identity, Status(LOST, reason="its directory is gone"))
+
+
+def ids() -> list[str]:
+    """Every job here, the newest last."""
+
+    def age(path: Path) -> tuple[str, int, str]:
+        # Within one second the clock in the id says nothing; job.yaml is written once, at the beginning.
+        for file in (path / "job.yaml", path):
+            with contextlib.suppress(OSError):
+                return path.name[:15], file.stat().st_mtime_ns, path.name
+        return path.name[:15], 0, path.name
+
+    return [path.name for path in sorted((path for path in home().glob("*") if _is_job(path)), key=age)]
+
+
+def _is_job(path: Path) -> bool:
+    return path.is_dir() and (_ID.fullmatch(path.name) is not None or (path / "job.yaml").is_file())
+
+
+def short(identity: str) -> str:
+    """An id without its time: what people tell jobs apart by."""
+    return identity[16:] if _ID.fullmatch(identity) else identity
+
+
+def read(directory: Path) -> JobRecord:
+    """The job in `directory`, also when its submission or something else left only half of one there."""
+    try:
+        record = read_record(directory)
+    except (StepsError, ValueError, TypeError) as error:
+        if (directory / "job.yaml").exists():
+            return _wreck(directory, Status(LOST, reason=f"its directory is damaged: {error}"))
+        if _age(directory) < _SUBMISSION_SECONDS:
+            return _wreck(directory, Status(PENDING, reason=SUBMITTING))
+        return _wreck(directory, Status(LOST, reason="its submission was killed before it was written down"))
+    if not all(isinstance(record.asked.get(name), kind) for name, kind in (("step", str), ("resolved", dict))):
+        return _wreck(directory, Status(LOST, reason="its directory is damaged: job.yaml holds no job"))
+    return record
+
+
+def _wreck(directory: Path, status: Status) -> JobRecord:
+    return JobRecord(directory, {"resolved": {}, "executor": "", "step": "", "profile": ""}, status)
+
+
+def _age(directory: Path) -> float:
+    try:
+        return time.time() - directory.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def refresh(records: Sequence[JobRecord]) -> list[JobRecord]:
+    """The same jobs as they are now, written down where that is news.
+
+    Each executor is asked once. What cannot be told keeps its last known state, with a note.
+    """
+    fresh = {record.id: record for record in records}
+    open_jobs = [record for record in records if record.executor and _is_open(record)]
+    for name in dict.fromkeys(record.executor for record in open_jobs):
+        for record in _look(name, [record for record in open_jobs if record.executor == name]):
+            fresh[record.id] = record
+    return [fresh[record.id] for record in records]
+
+
+def _is_open(record: JobRecord) -> bool:
+    return not record.status.ended or (record.directory / _UNFETCHED).exists()
+
+
+def _look(name: str, group: Sequence[JobRecord]) -> Iterator[JobRecord]:
+    """One question for all; where that fails and they are on different clusters, one for each profile."""
+    try:
+        executor = executors.get(name)
+        told = executor.look(group)
+    except (StepsError, ValueError, OSError) as error:
+        profiles = dict.fromkeys(str(record.asked.get("profile")) for record in group)
+        if len(profiles) > 1:
+            for profile in profiles:
+                yield from _look(name, [record for record in group if str(record.asked.get("profile")) == profile])
+        else:
+            problem = error.problems[0].what if isinstance(error, StepsError) else str(error)
+            yield from (_noted(record, f"not reachable: {problem}; last known") for record in group)
+        return
+    for record, status in zip(group, told, strict=True):
+        try:
+            yield settle(record, status)
+        except StepsError as error:
+            yield _noted(JobRecord(record.directory, record.asked, status), f"not fetched: {error.problems[0].what}")
+        except OSError as error:
+            yield _noted(JobRecord(record.directory, record.asked, status), f"not written down: {error}")
+
+
+def _noted(record: JobRecord, note: str) -> JobRecord:
+    return JobRecord(record.directory, record.asked, record.status, note)
+
+
+def settle(record: JobRecord, status: Status) -> JobRecord:
+    """Write down what an executor told of a job, and fetch what it left when that is its end.
+
+    An end is final: whoever looked before it and writes after it is wrong. Raises ExecutorError when it cannot be
+    fetched (the next one to look tries again), OSError when nothing can be written.
+    """
+    with _alone(record.directory):
+        known = read_status(record.directory)
+        if known.ended:
+            status = known
+        elif not_submitted := _not_submitted(record, known, status):
+            status = not_submitted
+        if status != known:
+            if status.ended:
+                status.ended_at = status.ended_at or ("" if status.state == LOST else utc_now())
+                (record.directory / _UNFETCHED).touch()
+            status.write(record.directory)
+    result = JobRecord(record.directory, record.asked, status)
+    if status.ended and (record.directory / _UNFETCHED).exists():
+        executors.get(record.executor).fetch(result)
+        (record.directory / _UNFETCHED).unlink(missing_ok=True)
+    return result
+
+
+def _not_submitted(record: JobRecord, known: Status, told: Status) -> Status | None:
+    """What to believe of a job that was never seen running and that its executor cannot find: it may be on its way."""
+    if known.state != PENDING or (known.handle and known.reason != SUBMITTING):
+        return None
+    if told.state == LOST or (told.state == PENDING and not told.handle):
+        if _is_being_submitted(record):
+            return known
+        return told if told.state == LOST else Status(LOST, reason="its submission died before the job was started")
+    return None
+
+
+def _is_being_submitted(record: JobRecord) -> bool:
+    by, at = record.asked.get("submitted_by") or {}, str(record.asked.get("submitted_at") or "")
+    try:
+        age = (datetime.now(timezone.utc) - datetime.fromisoformat(at)).total_seconds()
+    except (ValueError, TypeError):
+        age = _age(record.directory)
+    here = by.get("host") == processes.host()
+    return age < _SUBMISSION_SECONDS or (here and processes.lives(int(by.get("pid", 0)), str(by.get("started", ""))))
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time decides what a job's status is, where the file system can lock a directory."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

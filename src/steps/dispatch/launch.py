@@ -83,7 +83,7 @@ def run(step: Manifest, request: Request) -> None:
                 refuse([entry])
             except StepsError as error:
                 raise _explained(error, [entry]) from error
-        _attach(entry)
+        attach(entry)
 
 
 def submit(spec: JobSpec) -> None:
@@ -94,15 +94,19 @@ def submit(spec: JobSpec) -> None:
     print("\n".join(sheet.submitted(spec, status)), flush=True)
 
 
-def _attach(entry: Planned) -> None:
+def attach(entry: Planned) -> None:
+    """Start a job and stay until its end. Raises SystemExit with its code when it does not succeed."""
     executor = executors.get(entry.spec.executor)
     job.create(entry.spec, executor.render(entry.spec))
     started = time.monotonic()
     code = executor.attach(entry.spec)
     directory = entry.spec.directory
     if code:
-        reason = job.read_status(directory).reason
-        print(f"{entry.step.id} failed: {reason}. Log: {directory / 'log'}", file=sys.stderr)
+        status = job.read_status(directory)
+        if status.ended:  # otherwise it was left to itself, and that was said
+            told = {job.CANCELLED: "was cancelled", job.LOST: "is lost"}.get(status.state, status.state)
+            reason = f": {status.reason}" if status.reason else ""
+            print(f"{entry.step.id} {told}{reason}. Log: {directory / 'log'}", file=sys.stderr)
         raise SystemExit(code)
     path = directory / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
