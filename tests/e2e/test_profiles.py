@@ -71,6 +71,7 @@ env_vars = {HF_TOKEN = "${oc.env:HF_TOKEN}", API_KEY = "written-in-the-file", KE
     [
         (("show", "slurm_pfet_megatron_bridge"), 5, "Did you mean slurm_peft_megatron_bridge?"),
         (("show", "local", "--env-file", "no.toml"), 5, "error: --env-file names no.toml, which is not there"),
+        (("show", "local", "--env-file", "n" * 300), 5, "which cannot be reached: File name too long"),
         (("list", "--env-file", "broken.toml"), 5, "error: broken.toml:1:"),
         (("init", "slrum"), 2, "error: there is no starter for 'slrum'. Did you mean slurm?"),
         (("init", "slurm", "broken.toml"), 2, "error: broken.toml is there already, and stays as it is"),
@@ -131,6 +132,9 @@ gpus_per_node = "${oc.env:OTHER_VARIABLE}"
 [late]
 executor = "local"
 nodes = "${oc.env:SOME_VARIABLE}"
+[two]
+executor = "local"
+nodes = 2
 """)
     done = run("check", "fine", cwd=project, env={"SOME_VARIABLE": "1"})
     assert (done.returncode, done.stdout) == (0, "fine is ready\n")
@@ -147,6 +151,8 @@ nodes = "${oc.env:SOME_VARIABLE}"
     done = run("check", "late", cwd=project, env={"SOME_VARIABLE": "two"})
     assert done.returncode == 5
     assert "run.env.nodes: 'two' is not an integer (from env.toml [late])" in done.stderr
+    done = run("check", "two", cwd=project)
+    assert done.stderr.startswith("error: run.env.nodes: this machine is one node (from env.toml [two])")
 
 
 def test_a_broken_file_never_breaks_a_run_on_this_machine(project):

@@ -71,17 +71,28 @@ def own_file(env_file: str | None = None) -> Path | None:
     for who, value in named:
         if value:
             path = Path(value).expanduser()
-            if not path.exists() or path.is_dir():
-                what = f"{who} names {value}, which is {'a directory' if path.is_dir() else 'not there'}"
+            if fault := _fault(path):
+                what = f"{who} names {value}, which {fault}"
                 raise ExecutorError(what, hint="`steps profiles init slurm|lepton PATH` writes a file to start from.")
             return path
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / NAME).is_file():
+        if not _fault(folder / NAME):
             return folder / NAME
-        if any((folder / top).exists() for top in _TOPS):
+        if any(_fault(folder / top) != _MISSING for top in _TOPS):
             break
     return None
+
+
+_MISSING = "is not there"
+
+
+def _fault(path: Path) -> str:
+    """Why there is no file to read, '' when there is one."""
+    try:
+        return "is a directory" if path.is_dir() else "" if path.exists() else _MISSING
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        return f"cannot be reached: {error.strerror}"
 
 
 def _shown(path: Path) -> str:

@@ -97,7 +97,7 @@ def _without_secrets(env: Mapping[str, Any]) -> dict[str, Any]:
 def check(name: Name, env_file: EnvFile = None) -> None:
     """Find what a job with this profile would stumble over, here and on the cluster; exit code 5 if there is any."""
     from steps.config.base import StepConfig
-    from steps.config.validate import check_section
+    from steps.config.validate import check_section, source_of
     from steps.dispatch import executors, profiles
     from steps.dispatch.compose import Composed, settle
     from steps.errors import ConfigError
@@ -120,7 +120,8 @@ def check(name: Name, env_file: EnvFile = None) -> None:
             except ExecutorError as error:
                 problems = list(error.problems)
     if problems:
-        raise ExecutorError(problems)
+        sources = composed.sources
+        raise ExecutorError(replace(each, source=each.source or source_of(each.where, sources)) for each in problems)
     print(f"{name} is ready")
 
 
