@@ -110,7 +110,8 @@ def judge(files: Files, row: Row | None) -> Status | None:
     ended = files.ended_at or row.ended_at
     if row.word == "COMPLETED":
         return Status(SUCCEEDED, 0, "", started or row.started_at, ended)
-    slurms = row.exit_code or (128 + row.signal if row.signal else 0)
+    # Larger numbers are no signals: 125 is Slurm's mark of a job that was out of memory.
+    slurms = row.exit_code or (128 + row.signal if 0 < row.signal <= 64 else 0)
     if row.word in _CANCELLED:
         never = "DependencyNeverSatisfied"
         return Status(CANCELLED, code or slurms or None, never if row.reason == never else row.state, started, ended)
