@@ -39,6 +39,7 @@ class Planned:
     """One step, ready to run as far as can be known now.
 
     waits_for: config key -> id of the planned step that will make this input.
+    looked:    whether the inputs could be looked at from here.
     """
 
     step: Manifest
@@ -50,6 +51,7 @@ class Planned:
     notes: list[str]
     spec: JobSpec
     place: Place
+    looked: bool = True
     waits_for: dict[str, str] = field(default_factory=dict)
 
 
@@ -114,7 +116,7 @@ def plan(
     notes += [f"run.env.env_vars.{name} is empty: what the job's machine holds under that name stays" for name in empty]
     if not sees and (step.consumes or step.produces):
         notes.append("the job runs on another machine: its inputs are checked there, when it starts")
-    return Planned(step, config_name, composed, config, findings, problems, notes, spec, place)
+    return Planned(step, config_name, composed, config, findings, problems, notes, spec, place, looked=sees)
 
 
 def _executor_name(composed: Composed) -> str:
@@ -210,7 +212,7 @@ def _wanted(wanting: Planned) -> list[tuple[Port, bool]]:
 
     On a machine that cannot be seen from here, every input may be: its step runs, and leaves alone what is there.
     """
-    if executors.get(wanting.spec.executor).sees_this_machine(wanting.spec.environment):
+    if wanting.looked:
         return [(port, True) for port in (*wanting.findings.missing, *_unfinished(wanting))]
     return [(port, False) for port in wanting.step.consumes if preflight.lookup(wanting.config, port.key) is not None]
 

@@ -70,7 +70,7 @@ def data(planned: Sequence[Planned], problems: Sequence[Any] = ()) -> dict[str, 
 def _value(entry: Planned, key: str) -> Any:
     from steps.preflight import lookup
 
-    return lookup(entry.config, key)
+    return lookup(entry.spec.config, key)
 
 
 def _state(entry: Planned, key: str) -> str:
@@ -78,7 +78,9 @@ def _state(entry: Planned, key: str) -> str:
         return f"made by {entry.waits_for[key]}"
     if key in entry.findings.inputs:
         return "found"
-    return "not given" if _value(entry, key) is None else "missing"
+    if _value(entry, key) is None:
+        return "not given"
+    return "missing" if entry.looked else "checked where the job runs"
 
 
 def _inputs(entry: Planned) -> Iterator[str]:
