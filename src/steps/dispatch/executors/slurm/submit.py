@@ -13,7 +13,9 @@ import logging
 import os
 import posixpath
 import shlex
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.executors.slurm.stage import Cluster, Stage, refused
 from steps.dispatch.job import CANCELLED, FAILED, PENDING, SUCCEEDED, JobRecord, JobSpec, Status, read_record, utc_now
-from steps.errors import ExecutorError
+from steps.errors import ExecutorError, Interrupted
 
 SUBMITTING = "being submitted"
 Look = Callable[[Sequence[JobRecord]], list[Status]]
@@ -35,6 +37,7 @@ def submit(spec: JobSpec, look: Look) -> Status:
     """Put the job into the cluster's queue. look: tells what has become of the jobs that this one waits for.
 
     Raises ExecutorError; the job is then marked as failed, unless sbatch may have taken it without our hearing of it.
+    Raises Interrupted after Ctrl-C: the job was not submitted, or is cancelled.
     """
     status = Status(PENDING, reason=SUBMITTING, handle={"directory": layout.directory(spec)})
     status.write(spec.directory)
@@ -43,8 +46,8 @@ def submit(spec: JobSpec, look: Look) -> Status:
         stage = Stage(spec, Shell.of(_environment(spec)), layout.directory(spec))
         status.handle |= _Submission(stage).run(dependency)
     except KeyboardInterrupt:
-        _ended(spec, status, CANCELLED, "stopped by the user before it was submitted")
-        raise
+        _ended(spec, status, CANCELLED, "stopped by the user")
+        raise Interrupted("interrupted: the job was not submitted") from None
     except _Unknown as error:
         raise ExecutorError(error.problems) from error
     except ExecutorError as error:
@@ -119,17 +122,12 @@ class _Submission:
             raise
 
     def _sbatch(self, nemo: _NemoRun, tunnel: Any, cluster: Cluster, dependency: str) -> dict[str, Any]:
-        call = cluster.sbatch(self.stage.spec)
-        name = layout.job_name(_environment(self.stage.spec), self.stage.spec.id)
-        image = ""
-        if (
-            layout.squash_file(self.stage.spec)
-            and cluster.pyxis
-            and (self.stage.spec.force_squash or not cluster.has_image)
-        ):
+        spec = self.stage.spec
+        call, name, image = cluster.sbatch(spec), layout.job_name(_environment(spec), spec.id), ""
+        if layout.squash_file(spec) and cluster.pyxis and (spec.force_squash or not cluster.has_image):
             image = self._schedule(nemo, tunnel, call, layout.SQUASH_SCRIPT, f"{name}-image")
-            own = _environment(self.stage.spec).dependency
-            dependency = ",".join([*filter(None, [dependency or own]), f"afterok:{image}"])
+            before = dependency or _environment(spec).dependency
+            dependency = ",".join([*([before] if before else []), f"afterok:{image}"])
         options = [f"--dependency={shlex.quote(dependency)}"] if dependency else []
         try:
             number = self._schedule(nemo, tunnel, [*call, *options], layout.SCRIPT, name)
@@ -143,7 +141,8 @@ class _Submission:
         """NeMo-Run calls sbatch. When it is not clear how that went, the queue tells: the name is there only once."""
         path = posixpath.join(self.stage.directory, script)
         try:
-            return nemo.schedule(tunnel, self.stage.spec, [*call, shlex.quote(path)])
+            with _uninterrupted():
+                return nemo.schedule(tunnel, self.stage.spec, [*call, shlex.quote(path)])
         except ExecutorError as error:
             if not isinstance(error, _Unknown):
                 raise
@@ -262,7 +261,8 @@ def _nemo_run() -> Iterator[_NemoRun]:
         with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             warnings.simplefilter("ignore")
             try:
-                nemo = _NemoRun()
+                with _uninterrupted():
+                    nemo = _NemoRun()
             except Exception as error:
                 hint = "pip install 'peft-steps[cluster]' brings versions that fit together."
                 raise ExecutorError(f"NeMo-Run cannot be imported: {error}", hint=hint) from error
@@ -273,3 +273,19 @@ def _nemo_run() -> Iterator[_NemoRun]:
             del os.environ["NEMORUN_HOME"]
     with contextlib.redirect_stdout(quiet):
         yield nemo
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: what NeMo-Run imports and how it runs commands would swallow it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt
