@@ -1,4 +1,4 @@
-"""A profile of one's own, standing on the shipped ones, runs a step on a real Slurm; `profiles check` asks that Slurm."""
+"""A profile of one's own on top of shipped ones runs a step on a real Slurm; `profiles check` asks that Slurm."""
 
 from __future__ import annotations
 
