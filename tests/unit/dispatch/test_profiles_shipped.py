@@ -152,7 +152,7 @@ def test_a_starter_carries_every_shipped_profile_of_its_kind(path):
 
 
 @pytest.mark.parametrize("path", STARTERS, ids=lambda path: path.stem)
-def test_what_a_starter_shows_as_a_comment_is_valid_too(path):
+def test_what_a_starter_shows_as_a_comment_works_too(path, monkeypatch):
     text = uncommented(path.read_text())
     assert text.count("#") < path.read_text().count("#") - 5
     # What is there with and without the sign is there twice.
@@ -164,10 +164,14 @@ def test_what_a_starter_shows_as_a_comment_is_valid_too(path):
         if key is None or key not in seen:
             lines.append(line)
         seen.add(key)
-    Path("env.toml").write_text("\n".join(lines))
+    Path("env.toml").write_text(re.sub(r"<[^<>]+>", "/shared", "\n".join(lines)))
     for name in [f"{path.stem}_cpu_base", "two_nodes", f"{path.stem}_peft_megatron_bridge"]:
         assert profiles.load(name).executor == path.stem
-    assert profiles.load("two_nodes").env["nodes"] == 2
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_shell")
+    planned = prepare(catalog.find("peft/megatron_bridge"), "default", place=Place("two_nodes"))
+    assert not planned.problems
+    assert planned.spec.nodes == 2
+    assert planned.spec.secret_env == ({"HF_TOKEN": "hf_of_the_shell"} if path.stem == "slurm" else {})
 
 
 @pytest.mark.parametrize("path", STARTERS, ids=lambda path: path.stem)

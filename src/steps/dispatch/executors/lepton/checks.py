@@ -35,7 +35,7 @@ def check(env: LeptonEnv) -> Iterator[Problem]:
             mounts = ", ".join(mount.mount_path for mount in env.mounts) or "none"
             what = f"{path} lies in none of the mounts ({mounts}): what is written there is lost with the job"
             yield Problem(f"run.env.{name}", what, hint="Add its storage to mounts, or choose a directory in one.")
-    for name in sorted(env.secret_vars.keys() & env.env_vars.keys()):
+    for name in sorted(name for name in env.secret_vars if env.env_vars.get(name)):  # an empty one sets nothing
         yield Problem(f"run.env.secret_vars.{name}", "is set by env_vars, too", hint="Drop one of the two.")
 
 
