@@ -49,7 +49,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII shows what it can
     try:
-        app(args=arguments, prog_name="steps", standalone_mode=False)
+        code = app(args=arguments, prog_name="steps", standalone_mode=False)  # 130 after Ctrl-C, which typer takes
     except StepsError as error:
         _fail(error)
     except BrokenPipeError:  # `steps list | head`: nobody reads on, and nothing is wrong
@@ -62,7 +62,7 @@ def main() -> NoReturn:
             error.show()
             raise SystemExit(error.exit_code) from None
         _fail(understand(error, "--debug" in arguments))
-    raise SystemExit(0)
+    raise SystemExit(code or 0)
 
 
 def _fail(error: StepsError) -> NoReturn:
