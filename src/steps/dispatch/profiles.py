@@ -113,15 +113,21 @@ def _chain(name: str, tables: Tables) -> list[Table]:
         if parent in seen:
             circle = chain[seen.index(parent) :]
             what = f"`extends` goes round in a circle: {' -> '.join([*(table.name for table in circle), parent])}"
-            hides = next((t.name for t in circle if t.name in tables.own and t.name in tables.shipped), "")
-            hint = (
-                f"Your own {hides} takes the place of the shipped one, so nothing of yours can extend that: rename it."
-                if hides
-                else "One of them has to stand alone."
+            hint = next(
+                filter(None, (_hidden(table.name, tables) for table in circle)), "One of them has to stand alone."
             )
             raise ExecutorError(Problem(where=place, what=what, hint=hint))
         chain.append(everything[parent])
     return chain
+
+
+def _hidden(name: str, tables: Tables) -> str:
+    """What to do about an own table that hides the shipped one it was meant to extend."""
+    if name not in tables.own or name not in tables.shipped:
+        return ""
+    above = tables.shipped[name].values.get(EXTENDS)
+    way_out = f"rename it, or extend {above}, as the shipped one does" if above else "rename it"
+    return f"Your own {name} takes the place of the shipped one, so nothing of yours can extend that: {way_out}."
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
