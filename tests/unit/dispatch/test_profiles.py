@@ -236,8 +236,8 @@ def test_a_description_is_nobodys_run_env():
         (
             '[slurm_base]\nextends = "slurm_base"\n[p]\nextends = "slurm_base"\n',
             "env.toml [slurm_base]: `extends` goes round in a circle: slurm_base -> slurm_base. Your own slurm_base "
-            "takes the place of the shipped one, so nothing of yours can extend that: rename it, or extend slurm_defaults, as "
-            "the shipped one does.",
+            "takes the place of the shipped one, so nothing of yours can extend that: rename it, or "
+            "extend slurm_defaults, as the shipped one does.",
         ),
         (
             '[slurm_base]\nextends = "slurm_cpu_base"\n[p]\nextends = "slurm_cpu_base"\n',
