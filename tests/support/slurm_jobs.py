@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from steps.dispatch.job import JobRecord, Status, utc_now
 from support.slurm import Cluster
 
@@ -62,6 +64,13 @@ class Place:
             "submitted_from": str(self.here), "resolved": {"run": {"env": {"executor": "slurm", **self.env}}},
         }  # fmt: skip
         return JobRecord(self.here / name, asked, Status(handle={"directory": str(self.there / "jobs" / name)}))
+
+
+def login_to(cluster: Cluster, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """This shell as a login node of that cluster, with everything below `directory`."""
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+    return Place(cluster, directory / "here", directory / "there", {"remote_job_dir": str(directory / "there")})
 
 
 def number(job: JobRecord) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from support.slurm import Cluster
-from support.slurm_jobs import Place
+from support.slurm_jobs import Place, login_to
 from support.sshd import Sshd
 
 
@@ -29,19 +29,24 @@ def sshd(cluster) -> Iterator[Sshd]:
         yield running
 
 
-@pytest.fixture(params=["local", "ssh"])
-def place(request, tmp_path, monkeypatch) -> Place:
-    """Where jobs are submitted: a login node, or its other side. Behind ssh nothing here knows the cluster."""
-    cluster = request.getfixturevalue("cluster")
-    env: dict[str, Any] = {"remote_job_dir": str(tmp_path / "there")}
-    if request.param == "local":
-        for name, value in cluster.env.items():
-            monkeypatch.setenv(name, value)
-    else:
-        sshd = request.getfixturevalue("sshd")
-        sshd.write_ssh(tmp_path / "bin")
-        monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-        monkeypatch.delenv("SLURM_CONF", raising=False)
-        env |= {"tunnel": "ssh", "host": sshd.host, "user": sshd.user, "port": sshd.port}
-        env["identity"] = str(sshd.identity)
-    return Place(cluster, tmp_path / "here", tmp_path / "there", env)
+@pytest.fixture
+def login(cluster, tmp_path, monkeypatch) -> Place:
+    """A login node of the cluster: this shell."""
+    return login_to(cluster, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def remote(cluster, sshd, tmp_path, monkeypatch) -> Place:
+    """The same cluster behind ssh. Nothing else here knows of it."""
+    sshd.write_ssh(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    env = {"tunnel": "ssh", "host": sshd.host, "user": sshd.user, "port": sshd.port, "identity": str(sshd.identity)}
+    return Place(cluster, tmp_path / "here", tmp_path / "there", {**env, "remote_job_dir": str(tmp_path / "there")})
+
+
+@pytest.fixture(params=["login", "remote"])
+def place(request) -> Place:
+    """Where jobs are submitted: on a login node, or through ssh."""
+    place: Place = request.getfixturevalue(request.param)
+    return place

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.slurm import Cluster
-from support.slurm_jobs import Place, number, there
+from support.slurm_jobs import Place, login_to, number, there
 
 from steps.dispatch.executors.slurm.state import look
 from steps.dispatch.job import JobRecord, Status
@@ -25,18 +25,6 @@ def wait(job: JobRecord, *states: str, timeout: float = 30) -> Status:
         assert time.monotonic() < deadline, status
         time.sleep(0.2)
     return status
-
-
-def use(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A login node of that cluster: this shell."""
-    for name, value in cluster.env.items():
-        monkeypatch.setenv(name, value)
-    return Place(cluster, tmp_path / "here", tmp_path / "there", {"remote_job_dir": str(tmp_path / "there")})
-
-
-@pytest.fixture
-def login(cluster, tmp_path, monkeypatch) -> Place:
-    return use(cluster, tmp_path, monkeypatch)
 
 
 def test_how_jobs_end(place):
@@ -161,7 +149,7 @@ def forgotten(place: Place, *jobs: JobRecord) -> None:
 
 def test_forgotten_jobs(forgetful, tmp_path, monkeypatch):
     """Their files tell, then accounting; without either they are lost, which says so."""
-    place = use(forgetful, tmp_path, monkeypatch)
+    place = login_to(forgetful, tmp_path, monkeypatch)
     good, bad, cancelled = place.submit("true"), place.submit("exit 7"), place.submit("sleep 60")
     wait(cancelled, "running")
     forgetful.run("scancel", str(number(cancelled)), check=True)
@@ -181,7 +169,7 @@ def test_forgotten_jobs(forgetful, tmp_path, monkeypatch):
 
 
 def test_a_node_that_dies(forgetful, tmp_path, monkeypatch):
-    place = use(forgetful, tmp_path, monkeypatch)
+    place = login_to(forgetful, tmp_path, monkeypatch)
     job = place.submit("srun sleep 60", "--nodelist=n2", "--no-requeue")
     wait(job, "running")
     forgetful.kill_node("n2")
@@ -194,7 +182,7 @@ def test_a_node_that_dies(forgetful, tmp_path, monkeypatch):
 
 def test_a_controller_that_is_down(forgetful, tmp_path, monkeypatch):
     """Nobody is called lost because nobody answers; what has ended well needs no answer."""
-    place = use(forgetful, tmp_path, monkeypatch)
+    place = login_to(forgetful, tmp_path, monkeypatch)
     good, bad, running = place.submit("true"), place.submit("exit 5"), place.submit("sleep 60")
     wait(running, "running")
     wait(bad, "failed")

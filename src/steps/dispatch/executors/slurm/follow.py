@@ -29,7 +29,7 @@ FETCHED = ("log", "metrics.jsonl", "summary.json", "progress.json")
 _PIECE = 4 << 20
 _IDLE = 0.5
 #: Seconds between two looks at the log: the files are here, or behind ssh.
-_POLL_HERE, _POLL_THERE = 0.5, 1.0
+_POLL_HERE, _POLL_THERE, _SHORTEST_PAUSE = 0.5, 1.0, 0.3
 #: Seconds between two questions to Slurm, growing; and between two tries to reach a host that was lost.
 _FIRST_QUESTION, _LONGEST_QUESTION = 3.0, 15.0
 _LONGEST_RETRY, _GIVE_UP = 30.0, 3600.0
@@ -64,6 +64,7 @@ def logs(job: JobRecord, *, follow: bool) -> Iterator[bytes]:
     offset, settled, failing_since, retry = 0, False, 0.0, pause
     reached = False
     while True:
+        looked = time.monotonic()
         try:
             glance = yield from _waiting(lambda at=offset: _glance(shell, found, "log", at))  # type: ignore[misc]
         except ExecutorError:
@@ -87,7 +88,7 @@ def logs(job: JobRecord, *, follow: bool) -> Iterator[bytes]:
         if ended and settled:
             return
         settled = ended  # looked at once more: a network file system may show the last bytes later than the end
-        yield from _pause(pause)
+        yield from _pause(max(pause - (time.monotonic() - looked), _SHORTEST_PAUSE))
 
 
 def fetch(job: JobRecord) -> None:
@@ -106,7 +107,7 @@ def fetch(job: JobRecord) -> None:
                     beside.replace(job.directory / name)
             finally:
                 beside.unlink(missing_ok=True)
-    _checked(shell, f"rm -f -- {shlex.quote(found.secrets)}")
+    shell.ask(f"rm -f -- {shlex.quote(found.secrets)}")
 
 
 def cancel(job: JobRecord) -> None:
@@ -123,7 +124,7 @@ def cancel(job: JobRecord) -> None:
         deadline = time.monotonic() + _CANCEL_SECONDS
         while not look([job])[0].ended and time.monotonic() < deadline:
             time.sleep(_IDLE)
-    _checked(shell, f"rm -f -- {shlex.quote(found.secrets)}")
+    shell.ask(f"rm -f -- {shlex.quote(found.secrets)}")
 
 
 class _Questions:
@@ -158,8 +159,7 @@ def _glance(shell: Shell, found: Found, name: str, offset: int) -> Glance:
             return Glance(b"", None, ended)
         except OSError as error:
             raise ExecutorError(f"{directory / name}: {error.strerror}") from error
-    result = _checked(
-        shell,
+    answer = shell.ask(
         f"""\
 cd {shlex.quote(found.directory)} 2>/dev/null || {{ echo "no no"; exit 0; }}
 [ -f {layout.EXIT_CODE} ] && ended=yes || ended=no
@@ -169,7 +169,7 @@ echo "$ended" $size
 [ "$size" = no ] || tail -c +{offset + 1} {name} | head -c {_PIECE}
 """,
     )
-    facts, _, data = result.partition(b"\n")
+    facts, _, data = answer.stdout.partition(b"\n")
     left, there = facts.split()
     return Glance(data, None if there == b"no" else int(there), left == b"yes")
 
@@ -183,13 +183,6 @@ def _all_of(shell: Shell, found: Found, name: str) -> Iterator[Glance]:
         offset += len(glance.data)
         if not glance.data or glance.size is None or offset >= glance.size:
             return
-
-
-def _checked(shell: Shell, script: str) -> bytes:
-    result = shell.run(script)
-    if result.returncode:
-        raise ExecutorError(f"{shell}: {result.stderr.strip() or f'status {result.returncode}'}")
-    return result.stdout
 
 
 def _same(directory: str, here: Path) -> bool:

@@ -43,6 +43,18 @@ class Result:
     def text(self) -> str:
         return self.stdout.decode(errors="replace")
 
+    @property
+    def sections(self) -> dict[str, list[str]]:
+        """The lines that are not empty under each `== NAME` line."""
+        result: dict[str, list[str]] = {}
+        lines: list[str] = []
+        for line in filter(None, self.text.splitlines()):
+            if line.startswith("== "):
+                lines = result.setdefault(line[3:], [])
+            else:
+                lines.append(line)
+        return result
+
 
 @dataclass(frozen=True)
 class Shell:
@@ -107,6 +119,13 @@ class Shell:
             err.seek(0)
             written, complaints = out.read(), err.read().decode(errors="replace")
         return self._unwrap(mark, written, complaints, process.returncode)
+
+    def ask(self, script: str, *, timeout: float = 60) -> Result:
+        """The result of a script that has no reason to fail. Raises ExecutorError, with its words, when it does."""
+        result = self.run(script, timeout=timeout)
+        if result.returncode:
+            raise ExecutorError(f"{self}: {result.stderr.strip() or f'status {result.returncode}'}")
+        return result
 
     def _unwrap(self, mark: str, written: bytes, complaints: str, returncode: int) -> Result:
         _, began, rest = written.partition(f"{mark}\n".encode())

@@ -15,7 +15,7 @@ from pathlib import Path
 from steps.dispatch.executors.slurm import answers, layout
 from steps.dispatch.executors.slurm.answers import Files, Row
 from steps.dispatch.executors.slurm.env import SlurmEnv
-from steps.dispatch.executors.slurm.shell import Result, Shell
+from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.job import LOST, JobRecord, Status
 from steps.errors import ExecutorError
 
@@ -72,8 +72,7 @@ def look(jobs: Sequence[JobRecord]) -> list[Status]:
 
 
 def _ask(shell: Shell, jobs: Sequence[Found]) -> dict[str, Status]:
-    first = shell.run(_first_question(jobs), timeout=_TIMEOUT)
-    sections = _sections(_checked(shell, first))
+    sections = shell.ask(_first_question(jobs), timeout=_TIMEOUT).sections
     files = _read_files(sections.get("files", []))
     rows = {job.id: _of(job, answers.squeue_rows("\n".join(sections.get("squeue", [])))) for job in jobs}
     complaint = " ".join(sections.get("complaint", []))
@@ -86,8 +85,7 @@ def _ask(shell: Shell, jobs: Sequence[Found]) -> dict[str, Status]:
     gone = [job for job, own in known.values() if own.exit_code != 0 and _left(own, rows[job.id])]
     if gone:
         # scontrol would only wait for the same controller once more.
-        second = shell.run(_second_question(gone, controller=not complaint), timeout=_TIMEOUT)
-        sections = _sections(_checked(shell, second))
+        sections = shell.ask(_second_question(gone, controller=not complaint), timeout=_TIMEOUT).sections
         for job in gone:
             told = [
                 _of(job, answers.sacct_rows("\n".join(sections.get("sacct", [])))),
@@ -190,18 +188,6 @@ def _day_before(day: str) -> str:
         return "1970-01-01"
 
 
-def _sections(text: str) -> dict[str, list[str]]:
-    """Lines under `== NAME` headings."""
-    result: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("== "):
-            lines = result.setdefault(line[3:], [])
-        else:
-            lines.append(line)
-    return result
-
-
 def _read_files(lines: Iterable[str]) -> dict[int, Files]:
     result: dict[int, Files] = {}
     for line in lines:
@@ -218,12 +204,6 @@ def _read_files(lines: Iterable[str]) -> dict[int, Files]:
             own = replace(own, exit_code=int(value))
         result[int(number)] = own
     return result
-
-
-def _checked(shell: Shell, result: Result) -> str:
-    if result.returncode:
-        raise ExecutorError(f"{shell}: {result.stderr.strip() or f'status {result.returncode}'}")
-    return result.text
 
 
 def _silent(shell: Shell, complaint: str) -> ExecutorError:
