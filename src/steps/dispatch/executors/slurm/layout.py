@@ -53,8 +53,9 @@ def reference(image: str) -> str:
 
     As for docker, a first part with a dot or a colon, or localhost, is a registry.
     """
+    image = image.removeprefix("docker://")
     registry, slash, name = image.partition("/")
-    if is_file(image) or "#" in image or not slash:
+    if is_file(image) or "#" in image or "://" in image or not slash:
         return image
     return f"{registry}#{name}" if registry == "localhost" or re.search(r"[.:]", registry) else image
 
@@ -70,5 +71,6 @@ def squash_file(spec: JobSpec) -> str:
     assert isinstance(env, SlurmEnv)
     if not spec.image or is_file(spec.image):
         return ""
-    name = re.sub(r"[^\w.-]+", "_", spec.image.removeprefix("docker://"))
+    # Neither + nor = can stand in an image's name: two images never share a file.
+    name = re.sub(r"[^\w.@+=-]", "_", reference(spec.image).translate(str.maketrans("/#:", "++=")))
     return posixpath.join(env.squash_dir or posixpath.join(root(env, spec.base), "squash"), f"{name}.sqsh")

@@ -119,6 +119,7 @@ def _container(spec: JobSpec, python: str) -> Iterator[str]:
         f"--container-mounts={','.join(_mounts(spec, directory))}",
         f"--container-workdir={directory}/work",
         *([f"--container-env={','.join(variables)}"] if variables else []),
+        *filter(_is_pyxis, env.srun_args),
     ]
     yield f"image={shlex.quote(layout.reference(spec.image))}"
     if squash := layout.squash_file(spec):
@@ -134,6 +135,11 @@ def _container(spec: JobSpec, python: str) -> Iterator[str]:
     yield "fi"
 
 
+def _is_pyxis(argument: str) -> bool:
+    """Whether srun knows an option only where pyxis is."""
+    return argument.startswith(("--container", "--no-container"))
+
+
 def _mounts(spec: JobSpec, directory: str) -> list[str]:
     """The profile's mounts, and what the job itself must see: its workspace and its directory."""
     env = _environment(spec)
@@ -147,7 +153,8 @@ def _srun(env: SlurmEnv, count: int) -> Iterator[str]:
     options = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
     if env.cpus_per_task:  # since Slurm 22.05 srun does not take it from the batch job
         options.append(f"--cpus-per-task={env.cpus_per_task}")
-    options += ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--export=ALL", *env.srun_args]
+    options += ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--export=ALL"]
+    options += [argument for argument in env.srun_args if not _is_pyxis(argument)]
     yield f'srun {quote(options)} "${{container[@]}}" bash "$job/{layout.NODE_SCRIPT}" "$python"'
     yield "exit $?"
 
@@ -198,7 +205,7 @@ def _node(spec: JobSpec) -> str:
         "#!/bin/bash", f"# {spec.step}, on each node", f"job={shlex.quote(directory)}", "python=$1",
         'cd "$job/work" || { echo "error: $job is not in the container or on $(hostname)" >&2; exit 5; }',
         'export PYTHONPATH="$job/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1',
-        *(["set -e", *before, "set +e"] if before else []),
+        *(["set -e", *before] if before else []),
         " ".join(command),
     ]  # fmt: skip
     return "\n".join(parts) + "\n"

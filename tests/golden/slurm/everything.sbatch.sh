@@ -1,0 +1,93 @@
+#!/bin/bash
+#SBATCH --job-name=llm_core-20260102-030405-peft-megatron_bridge-0a1b2c
+#SBATCH --account=llm
+#SBATCH --partition=interactive
+#SBATCH --qos=high
+#SBATCH --reservation=friday
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=1-00:00:00
+#SBATCH --cpus-per-task=16
+#SBATCH --cpus-per-gpu=2
+#SBATCH --gpus-per-node=4
+#SBATCH --gpus-per-task=4
+#SBATCH --gres=gpu:h100:4
+#SBATCH --mem=0
+#SBATCH --mem-per-gpu=80G
+#SBATCH --mem-per-cpu=4G
+#SBATCH --exclusive=user
+#SBATCH --constraint="h100&ib"
+#SBATCH --nodelist="n[1-4]"
+#SBATCH --exclude=n9
+#SBATCH --comment="it's a \"#comment\" $(rm x) with \\ and é"
+#SBATCH --signal=B:USR1@60
+#SBATCH --segment=4
+#SBATCH --network=sharp
+#SBATCH --dependency=singleton
+#SBATCH --mail-type=END,FAIL
+#SBATCH --mail-user=ada@example.com
+#SBATCH --hold
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --no-requeue
+#SBATCH --chdir="/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c"
+#SBATCH --output="/lustre/ada lovelace/100%%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c/log"
+#SBATCH --open-mode=append
+
+# peft/megatron_bridge, job 20260102-030405-peft-megatron_bridge-0a1b2c
+job='/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c'
+fail() { echo "error: $1" >&2; exit 5; }
+now() { date -u +%Y-%m-%dT%H:%M:%S+00:00; }
+finish() {
+    code=$?
+    now > "$job/ended_at"
+    echo "$code" > "$job/.exit_code" && mv "$job/.exit_code" "$job/exit_code"
+}
+# A directory that is not on this node must not be replaced by another, as Slurm does.
+cd "$job/work" || fail "$job is not on $(hostname): remote_job_dir must be a directory that all nodes share"
+trap finish EXIT
+# Slurm ends the job (cancelled, time limit, …) and knows why: its word counts, not an exit code of ours.
+trap 'trap - EXIT; exit 143' TERM
+echo "$SLURM_JOB_ID" > "$job/slurm_job_id"
+now > "$job/started_at"
+secrets='/lustre/ada lovelace/100%/secrets/20260102-030405-peft-megatron_bridge-0a1b2c'
+[ -f "$secrets" ] || fail "the job's secrets are gone ($secrets): submit it again"
+. "$secrets" && rm "$secrets" || fail "the job's secrets cannot be read and removed ($secrets)"
+
+export quoted='a '"'"'b'"'"' "c" $(rm x) \ 
+second line'
+
+# setup_lines of the profile
+module load 'cuda 12'
+ulimit -c 0
+
+# Where the processes meet: the first node, by a name that resolves or else its address, and a port that nobody uses.
+# The batch script runs on that node. Ports from 32768 on are given to outgoing connections at any time.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+getent hosts "$MASTER_ADDR" > /dev/null ||
+    MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+while
+    MASTER_PORT=$((20000 + RANDOM % 12000))
+    grep -qi ":$(printf '%04X' "$MASTER_PORT") " /proc/net/tcp /proc/net/tcp6 2> /dev/null
+do :; done
+export MASTER_ADDR MASTER_PORT
+
+python='/opt/py 3/bin/python'
+container=()
+image='nvcr.io#nvidia/nemo:25.11'
+squash=/lustre/images/nvcr.io+nvidia+nemo=25.11.sqsh
+[ ! -e "$squash" ] || image=$squash
+if srun --help 2>&1 | grep -q -e --container-image; then
+    python=python
+    container=(
+        "--container-image=$image"
+        '--container-mounts=/a b:/c,/d:/e:ro,/lustre:/lustre,/lustre/work:/lustre/work,/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c:/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c'
+        '--container-workdir=/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c/work'
+        --container-env=PATH,quoted,HF_TOKEN
+        --no-container-mount-home
+    )
+else
+    echo "note: this Slurm has no pyxis: the job runs in the environment of its nodes, not in $image"
+fi
+
+srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=1 --wait=60 --unbuffered --export=ALL --cpu-bind=none --label "${container[@]}" bash "$job/run.sh" "$python"
+exit $?
