@@ -12,6 +12,7 @@ OWN = """
 extends = "slurm_defaults"
 tunnel = "local"
 partition = "batch"
+container_image = ""
 [mine]
 extends = "slurm_prep_demo_chat"
 cpus_per_task = 1
@@ -19,6 +20,9 @@ time = 00:05:00
 [elsewhere]
 extends = "mine"
 partition = "nights"
+[in_a_container]
+extends = "mine"
+container_image = "nvcr.io/nvidia/nemo:25.11"
 """
 
 
@@ -43,7 +47,9 @@ def test_check_asks_the_cluster(cluster, project):
     env = {**cluster.env, "STEPS_ENV_FILE": ""}
     ready = steps("profiles", "check", "mine", cwd=project, env=env)
     assert (ready.returncode, ready.stdout, ready.stderr) == (0, "mine is ready\n", "")
-    wrong = steps("profiles", "check", "elsewhere", cwd=project, env=env)
-    assert (wrong.returncode, wrong.stdout) == (5, "")
-    assert "run.env.partition" in wrong.stderr
-    assert "(from env.toml [elsewhere])" in wrong.stderr
+    for name, key in (("elsewhere", "partition"), ("in_a_container", "container_image")):
+        wrong = steps("profiles", "check", name, cwd=project, env=env)
+        assert (wrong.returncode, wrong.stdout) == (5, "")
+        [line] = wrong.stderr.splitlines()
+        assert line.startswith(f"error: run.env.{key}: ")
+        assert f"(from env.toml [{name}])" in line
