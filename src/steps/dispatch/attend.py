@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
 
 from steps.dispatch import jobs
 from steps.dispatch.executors.base import Executor
@@ -39,19 +38,19 @@ def attend(executor: Executor, spec: JobSpec) -> int:
                 return _INTERRUPTED
             cancelling = _shall_be_cancelled(spec.id, stops)
             if not cancelling:
-                return _leave(spec.id, screen)
+                return _leave(spec, screen)
         with Following(executor, jobs.read(spec.directory), screen) as following:
             if not cancelling:
                 try:
                     return exit_code(following.until_end().status)
                 except KeyboardInterrupt:
                     if not _shall_be_cancelled(spec.id, stops):
-                        return _leave(spec.id, screen)
+                        return _leave(spec, screen)
             try:
                 _cancel(executor, spec, screen)
                 ended = following.until_end().status
             except KeyboardInterrupt:
-                screen.say(f"job {spec.id} may still run; see: steps jobs status {_name(spec.id)}")
+                screen.say(f"job {spec.id} may still run; see: steps jobs status {spec.id.rpartition('-')[2]}")
                 return _INTERRUPTED
         if ended.state == SUCCEEDED:
             screen.say(f"job {spec.id} had succeeded before it could be cancelled")
@@ -67,16 +66,6 @@ def exit_code(status: Status) -> int:
     return status.exit_code if status.exit_code and 0 < status.exit_code < 256 else 1
 
 
-def commands(identity: str) -> Sequence[str]:
-    """By which a job is followed later."""
-    name = _name(identity)
-    return [f"  steps jobs {command} {name}" for command in ("status", "logs -f", "cancel")]
-
-
-def _name(identity: str) -> str:
-    return identity.rpartition("-")[2]
-
-
 def _shall_be_cancelled(identity: str, stops: Stops) -> bool:
     """Ask whoever pressed Ctrl-C. Nobody there, no answer or another Ctrl-C: yes."""
     if stops.number != signal.SIGINT or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -88,10 +77,11 @@ def _shall_be_cancelled(identity: str, stops: Stops) -> bool:
         return True
 
 
-def _leave(identity: str, screen: Screen) -> int:
-    screen.say(f"job {identity} goes on:")
-    for command in commands(identity):
-        screen.say(command)
+def _leave(spec: JobSpec, screen: Screen) -> int:
+    from steps.dispatch.sheet import submitted  # which knows the executors, and they know us
+
+    for line in submitted(spec, jobs.read(spec.directory).status):
+        screen.say(line)
     return _INTERRUPTED
 
 

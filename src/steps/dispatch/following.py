@@ -104,7 +104,7 @@ class Following:
 
     def _settle(self, status: Status) -> None:
         try:
-            self._record = jobs.settle(self._record, status)
+            self._record = jobs.settle(self._record, status, self._executor)
         except _FAILURES as error:
             self._record = JobRecord(self._record.directory, self._record.asked, status)
             if str(error) != self._complained:

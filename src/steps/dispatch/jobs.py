@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from steps.dispatch import executors, processes
+from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import JOBS, LOST, PENDING, SUBMITTING, JobRecord, Status, read_record, read_status, utc_now
 from steps.errors import StepsError, UsageError, suggest
 
@@ -56,12 +57,12 @@ def by_id(identity: str, near: Path) -> JobRecord:
 def ids() -> list[str]:
     """Every job here, the newest last."""
 
-    def age(path: Path) -> tuple[str, int, str]:
-        # Within one second the clock in the id says nothing; job.yaml is written once, at the beginning.
+    def age(path: Path) -> tuple[int, str]:
+        # The time in an id is when it was planned, a chain's all at once. job.yaml is written once, at submission.
         for file in (path / "job.yaml", path):
             with contextlib.suppress(OSError):
-                return path.name[:15], file.stat().st_mtime_ns, path.name
-        return path.name[:15], 0, path.name
+                return file.stat().st_mtime_ns, path.name
+        return 0, path.name
 
     return [path.name for path in sorted((path for path in home().glob("*") if _is_job(path)), key=age)]
 
@@ -85,7 +86,7 @@ def read(directory: Path) -> JobRecord:
         if _age(directory) < _SUBMISSION_SECONDS:
             return _wreck(directory, Status(PENDING, reason=SUBMITTING))
         return _wreck(directory, Status(LOST, reason="its submission was killed before it was written down"))
-    if not all(isinstance(record.asked.get(name), kind) for name, kind in (("step", str), ("resolved", dict))):
+    if not (record.step and record.asked.get("submitted_at") and isinstance(record.asked["resolved"], dict)):
         return _wreck(directory, Status(LOST, reason="its directory is damaged: job.yaml holds no job"))
     return record
 
@@ -134,7 +135,7 @@ def _look(name: str, group: Sequence[JobRecord]) -> Iterator[JobRecord]:
         return
     for record, status in zip(group, told, strict=True):
         try:
-            yield settle(record, status)
+            yield settle(record, status, executor)
         except StepsError as error:
             yield _noted(JobRecord(record.directory, record.asked, status), f"not fetched: {error.problems[0].what}")
         except OSError as error:
@@ -145,7 +146,7 @@ def _noted(record: JobRecord, note: str) -> JobRecord:
     return JobRecord(record.directory, record.asked, record.status, note)
 
 
-def settle(record: JobRecord, status: Status) -> JobRecord:
+def settle(record: JobRecord, status: Status, executor: Executor) -> JobRecord:
     """Write down what an executor told of a job, and fetch what it left when that is its end.
 
     An end is final: whoever looked before it and writes after it is wrong. Raises ExecutorError when it cannot be
@@ -164,7 +165,7 @@ def settle(record: JobRecord, status: Status) -> JobRecord:
             status.write(record.directory)
     result = JobRecord(record.directory, record.asked, status)
     if status.ended and (record.directory / _UNFETCHED).exists():
-        executors.get(record.executor).fetch(result)
+        executor.fetch(result)
         (record.directory / _UNFETCHED).unlink(missing_ok=True)
     return result
 

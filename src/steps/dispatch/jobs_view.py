@@ -97,7 +97,7 @@ def details(record: JobRecord) -> dict[str, Any]:
     failed = record.status.state in (FAILED, LOST)
     return {
         **data(record),
-        "progress": _file(record, "progress.json"),
+        "progress": None if record.status.state == SUCCEEDED else _file(record, "progress.json"),
         "summary": _file(record, "summary.json") if record.status.state == SUCCEEDED else None,
         "log_tail": tail(record) if failed else None,
         "next": list(next_commands(record)),
@@ -122,7 +122,9 @@ def page(record: JobRecord, known: dict[str, Any]) -> Iterator[str]:
         "progress": _progress(known["progress"]),
     }
     yield from (f"  {name:<9}  {value}" for name, value in facts.items() if value)
-    yield from (f"  {name.replace('_', ' ')}: {value}" for name, value in (known["summary"] or {}).items())
+    if known["summary"]:
+        yield from section("Result")
+        yield from (f"  {name.replace('_', ' ')}: {value}" for name, value in known["summary"].items())
     if known["log_tail"]:
         yield from section(f"The last lines of its log ({TAIL_LINES} at most)")
         yield from known["log_tail"]
