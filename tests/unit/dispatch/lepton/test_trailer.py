@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -16,7 +18,7 @@ TOLD = (
 
 def split(data: bytes, cuts: list[int]) -> tuple[bytes, Trailer]:
     splitter, places = Splitter(ID), sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
-    shown = b"".join(splitter.feed(data[a:b]) for a, b in zip(places, places[1:], strict=False))
+    shown = b"".join(splitter.feed(data[a:b]) for a, b in itertools.pairwise(places))
     return shown + splitter.rest(), splitter.trailer
 
 

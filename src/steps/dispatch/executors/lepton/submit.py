@@ -36,17 +36,18 @@ def submit(spec: JobSpec) -> Status:
     handle = {"lepton_job_id": name, "directory": script.directory(spec), "secrets": list(secrets.values())}
     status = Status(PENDING, reason=SUBMITTING, handle={**handle, "mover": mover})
     status.write(spec.directory)
-    workspace: Workspace | None = None
+    made = False  # anything in the workspace
     try:
         workspace = Workspace()
+        workspace.node_group(script.environment(spec).node_group or "")  # before seconds go into importing NeMo-Run
         with _executor_class() as executor_class:
             executor = executor_class(spec, workspace)
-            workspace.node_group(executor.node_group)
+            made = True
             workspace.create_secrets({secrets[variable]: value for variable, value in spec.secret_env.items()})
             with workspace.asking():
                 executor.launch(name, [])
     except BaseException as error:
-        if workspace is None or _cleared(workspace, [name, mover], secrets.values()):
+        if not made or _cleared(workspace, [name, mover], secrets.values()):
             stopped = isinstance(error, KeyboardInterrupt)
             status.state, status.ended_at = (CANCELLED if stopped else FAILED), utc_now()
             said = error.problems[0].what if isinstance(error, ExecutorError) else type(error).__name__
