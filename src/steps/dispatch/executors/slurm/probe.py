@@ -224,9 +224,12 @@ fi
 echo '== python'
 python={shlex.quote(_python(env))}
 if ! command -v "$python" >/dev/null; then echo 'not found'
-else "$python" - 2>&1 <<'END'
+else
+    said=$("$python" - 2>&1 <<'END'
 {_imports()}
 END
+    )
+    [ "$said" = fine ] || printf '%s\n' "${{said:-is no Python}}" | tail -n 1
 fi
 """
 
@@ -239,4 +242,6 @@ absent = [name for name in {_MODULES!r} if importlib.util.find_spec(name) is Non
 if sys.version_info < {_PYTHON!r}:
     print("it is Python %d.%d, and steps need {".".join(map(str, _PYTHON))}" % sys.version_info[:2])
 elif absent:
-    print("it lacks " + ", ".join(absent))"""
+    print("it lacks " + ", ".join(absent))
+else:
+    print("fine")"""
