@@ -13,7 +13,6 @@ from typing import Any
 from steps.dispatch import jobs
 from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import PENDING, RUNNING, JobRecord, Status, read_status
-from steps.dispatch.jobs_view import last_lines
 from steps.dispatch.screen import Screen
 from steps.errors import StepsError
 
@@ -29,11 +28,11 @@ class Following:
 
     One thread reads the log and one asks for the state, so that neither waits for the other, nor Ctrl-C, which the
     main thread gets, for either of them. A failure of theirs is told once and tried again for ever.
-    lines: show only so many of the lines that are there already; None: all.
+    skip: bytes at the beginning of the log that are not shown.
     """
 
-    def __init__(self, executor: Executor, record: JobRecord, screen: Screen, lines: int | None = None) -> None:
-        self._executor, self._record, self._screen, self._lines = executor, record, screen, lines
+    def __init__(self, executor: Executor, record: JobRecord, screen: Screen, skip: int = 0) -> None:
+        self._executor, self._record, self._screen, self._skip = executor, record, screen, skip
         self._events: queue.Queue[tuple[str, str, Any]] = queue.Queue(maxsize=256)
         self._stop, self._look_now = threading.Event(), threading.Event()
         self._threads = [
@@ -41,7 +40,6 @@ class Following:
             for name, work in (("log", self._read), ("state", self._ask))
         ]
         self._broken: set[str] = set()
-        self._held = b""  # of the beginning, while it is not known which are the last lines
         self._told = self._complained = ""
         self._log_ended = False
         self._heard = time.monotonic()
@@ -62,9 +60,10 @@ class Following:
         while True:
             with contextlib.suppress(queue.Empty):
                 self._take(*self._events.get(timeout=0.25))
+            if not self._record.status.ended:
+                self._heard = time.monotonic()
             silent = time.monotonic() - self._heard > _SILENCE_SECONDS
             if self._record.status.ended and (self._log_ended or silent) and self._events.empty():
-                self._release()
                 return self._record
 
     def _take(self, source: str, kind: str, value: Any) -> None:
@@ -86,21 +85,7 @@ class Following:
             self._look_now.set()
         elif value:
             self._heard = time.monotonic()
-            self._show(value)
-        else:
-            self._release()
-
-    def _show(self, piece: bytes) -> None:
-        if self._lines is None:
-            self._screen.write(piece)
-        else:
-            self._held = last_lines([self._held, piece], self._lines)
-
-    def _release(self) -> None:
-        """All that was there at first has come: from now on everything is shown."""
-        self._lines = None
-        held, self._held = self._held, b""
-        self._screen.write(held)
+            self._screen.write(value)
 
     def _settle(self, status: Status) -> None:
         try:
@@ -133,7 +118,7 @@ class Following:
                 return
 
     def _read(self) -> None:
-        given, pause = 0, _FIRST_PAUSE
+        given, pause = self._skip, _FIRST_PAUSE
         while not self._stop.is_set():
             try:
                 place = 0
@@ -145,8 +130,7 @@ class Following:
                         place += len(piece)
                         given += len(fresh)
                         pause = _FIRST_PAUSE
-                        if fresh or not piece:
-                            self._put("log", "piece", fresh)
+                        self._put("log", "piece", fresh)
                 self._put("log", "end")
                 return
             except _FAILURES as error:

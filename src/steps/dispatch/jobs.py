@@ -158,6 +158,7 @@ def settle(record: JobRecord, status: Status, executor: Executor) -> JobRecord:
             status = known
         elif not_submitted := _not_submitted(record, known, status):
             status = not_submitted
+        status.started_at = status.started_at or known.started_at
         if status != known:
             if status.ended:
                 status.ended_at = status.ended_at or ("" if status.state == LOST else utc_now())

@@ -98,7 +98,9 @@ def logs(
         raise UsageError(f"job {record.id} has no log: {record.status.reason}")
     executor = executors.get(record.executor)
     if follow:
-        with Following(executor, record, screen, lines) as following:
+        known = executor.logs(record, follow=False)
+        skip = 0 if lines is None else jobs_view.before_last_lines(known, lines)
+        with Following(executor, record, screen, skip) as following:
             record = following.until_end()
         screen.say(f"job {record.id} {jobs_view.told(record)}")
         return

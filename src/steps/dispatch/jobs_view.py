@@ -167,6 +167,20 @@ def last_lines(pieces: Iterable[bytes], lines: int) -> bytes:
     return b"".join(kept)
 
 
+def before_last_lines(pieces: Iterable[bytes], lines: int) -> int:
+    """The number of bytes in front of them."""
+    size = 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size
+        for piece in pieces:
+            size += len(piece)
+            yield piece
+
+    end = last_lines(counted(), lines)
+    return size - len(end)
+
+
 def _file(record: JobRecord, name: str) -> Any:
     try:
         return json.loads((record.directory / name).read_text())

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from steps.dispatch import executors, job, jobs, sheet
+from steps.dispatch import executors, job, order, sheet
 from steps.dispatch.job import JobSpec
 from steps.dispatch.plan import Place, Planned, chain, prepare, refuse
 from steps.errors import StepsError, UsageError
@@ -42,7 +42,7 @@ def run(step: Manifest, request: Request) -> None:
         raise UsageError("--json goes with --dry-run")
     place = Place(
         request.attached or request.batch, request.env_file, attached=request.batch is None,
-        after=tuple(jobs.find(name).id for name in request.after), force_squash=request.force_squash,
+        after=order.waited_for(request.after), force_squash=request.force_squash,
     )  # fmt: skip
     planned: list[Planned] = []
     try:
@@ -117,7 +117,7 @@ def _wait_for_each_other(planned: list[Planned]) -> None:
     """Each job of a chain starts after those that make what it lacks."""
     ids = {entry.step.id: entry.spec.id for entry in planned}
     for entry in planned:
-        makers = dict.fromkeys(ids[maker] for maker in entry.waits_for.values())
+        makers = dict.fromkeys(ids[maker] for maker in entry.waits_for.values() if maker in ids)
         entry.spec = replace(entry.spec, after=(*entry.spec.after, *makers))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -153,5 +152,7 @@ def _die_with_parent() -> Callable[[], object] | None:
     """Makes a child end with us: kill -9 on us must not leave a step behind that writes on unseen (Linux)."""
     if sys.platform != "linux":
         return None
+    import ctypes  # before the fork: the child must not import
+
     libc, pr_set_pdeathsig = ctypes.CDLL(None), 1
     return lambda: libc.prctl(pr_set_pdeathsig, signal.SIGTERM)
