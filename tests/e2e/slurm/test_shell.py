@@ -8,6 +8,7 @@ import stat
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def test_one_connection_for_all(remote, server):
         server.listen()
     server.drop_connections()
     assert remote.run("echo again").text == "again\n", "a connection that broke is made anew"
+
+
+def test_threads_that_begin_together_make_one_connection(remote, server, monkeypatch):
+    """Or the user would be asked for a password by each."""
+
+    def logins() -> int:
+        return (server.directory / "log").read_text().count("Accepted publickey")
+
+    server.drop_connections()
+    monkeypatch.setattr("steps.dispatch.executors.slurm.shell._CONNECTED", set())  # as in a new process
+    before = logins()
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda number: remote.run(f"echo {number}").text, range(4)))
+    assert results == ["0\n", "1\n", "2\n", "3\n"]
+    assert logins() == before + 1
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from steps.errors import ExecutorError, Problem
 #: ssh gives up on a host that does not answer, and on a connection that has gone dead, after about this long.
 _CONNECT_SECONDS = 15
 _PERSIST_SECONDS = 300
+#: What somebody is given to type a password or a second factor.
+_LOGIN_SECONDS = 120
 #: A unix socket's path has at most 104 bytes (macOS); ssh appends a 40 character hash and 17 more while it makes one.
 _LONGEST_SOCKET_DIRECTORY = 104 - 58
 
@@ -88,6 +90,15 @@ class Shell:
 
         Raises ExecutorError, with ssh's own words, when it could not be run to its end, and after `timeout` seconds.
         """
+        if self.here or self in _CONNECTED:
+            return self._run(script, stdin, timeout)
+        # Threads that begin together must not each make a connection: the user would be asked as often.
+        with _CONNECTING:
+            result = self._run(script, stdin, timeout + (_LOGIN_SECONDS if _somebody_is_there() else 0))
+            _CONNECTED.add(self)
+            return result
+
+    def _run(self, script: str, stdin: bytes, timeout: float) -> Result:
         mark = secrets.token_hex(8)
         text = script.encode()
         command = _wrapped(mark, len(text), self.here)
@@ -136,6 +147,7 @@ class Shell:
         return Result(output, complaints.partition(f"{mark}\n")[2], int(ended[1]))
 
     def _broken(self, complaints: str, returncode: int) -> ExecutorError:
+        _CONNECTED.discard(self)
         lines = [line.strip() for line in complaints.splitlines() if line.strip()]
         words = "; ".join(lines[-3:]) or f"status {returncode}"
         if self.here:
@@ -172,8 +184,8 @@ class Shell:
             "RemoteCommand": "none",
             "ClearAllForwardings": "yes",
         }
-        if not (sys.stdin and sys.stdin.isatty()):
-            options["BatchMode"] = "yes"  # nobody is there to be asked
+        if not _somebody_is_there():
+            options["BatchMode"] = "yes"
         if sockets := _socket_directory():
             # A second factor is asked for once; and a new connection for each question would be slow.
             options |= {
@@ -183,6 +195,16 @@ class Shell:
             }
         flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
         return ["ssh", "-T", *flags, *self._address()]
+
+
+#: Shells whose shared connection should be there.
+_CONNECTED: set[Shell] = set()
+_CONNECTING = threading.Lock()
+
+
+def _somebody_is_there() -> bool:
+    """Whether ssh can ask for a password."""
+    return bool(sys.stdin) and sys.stdin.isatty()
 
 
 def _wrapped(mark: str, size: int, here: bool) -> str:
