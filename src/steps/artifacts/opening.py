@@ -38,6 +38,10 @@ CONTRACTS: Mapping[str, Callable[[Path], str]] = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+#: Types that may be given by a Hub id instead of a path.
+NAMED_TYPES = frozenset({"checkpoint_hf"})
+
+
 def is_hub_id(value: str) -> bool:
     """Whether `value` can only mean a model on the Hugging Face Hub (`org/name`, no such local path)."""
     return bool(_HUB_ID.fullmatch(value)) and not Path(value).exists()
@@ -48,7 +52,7 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
 
     Raises ArtifactError, with the manifest error name `missing_<type>`, `wrong_type` or `damaged_artifact`.
     """
-    if type == "checkpoint_hf" and is_hub_id(value):
+    if type in NAMED_TYPES and is_hub_id(value):
         return Artifact(key, type, value, None, warnings=(f"{value} is fetched from the Hugging Face Hub",))
     path = Path(value).expanduser()
     paths = training_jsonl.expand(value) if graph.is_a("training_jsonl", type) else [path]

@@ -120,6 +120,10 @@ class StepConfig(Section):
         """Dotted keys, beside those of the manifest's artifacts, whose value is a path on the machine of the job."""
         return ()
 
+    def name_keys(self) -> Sequence[str]:
+        """Dotted keys whose value is such a path or something else: a Hub id, a text."""
+        return ()
+
     def launch_here(self) -> "Iterable[Problem]":
         """Faults of running on this machine (a package that is not installed, …). Not asked for remote jobs."""
         return ()

@@ -1,4 +1,5 @@
-"""The command line: list, show, run. The only place that prints an error and ends the process."""
+"""The command line: list, show, run; jobs and profiles are in files of their own. The only place that prints an error
+and ends the process."""
 
 import gc
 import io
@@ -48,6 +49,10 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows only ASCII shows what it can
+    if _passthrough and arguments[:1] != ["run"]:
+        _fail(UsageError(f"only `run` takes arguments behind --, got {' '.join(_passthrough)!r}"))
+    if arguments[:1] not in (["run"], ["list"], ["show"]):
+        add_groups()
     try:
         code = app(args=arguments, prog_name="steps", standalone_mode=False)  # 130 after Ctrl-C, which typer takes
     except StepsError as error:
@@ -65,6 +70,14 @@ def main() -> NoReturn:
     raise SystemExit(code or 0)
 
 
+def add_groups() -> None:
+    """Add `jobs` and `profiles`. Apart, since typer builds every option of every command it knows at each start."""
+    from steps.dispatch import jobs_cli, profiles_cli
+
+    app.add_typer(jobs_cli.app, name="jobs")
+    app.add_typer(profiles_cli.app, name="profiles")
+
+
 def _fail(error: StepsError) -> NoReturn:
     if "--debug" in sys.argv:
         import traceback
@@ -73,11 +86,6 @@ def _fail(error: StepsError) -> NoReturn:
     for problem in error.problems:
         print(f"error: {problem}", file=sys.stderr)
     raise SystemExit(error.exit_code)
-
-
-def _no_passthrough() -> None:
-    if _passthrough:
-        raise UsageError(f"only `run` takes arguments behind --, got {' '.join(_passthrough)!r}")
 
 
 def _version(asked: bool) -> None:
@@ -107,7 +115,6 @@ def list_steps(
     """List the steps."""
     from steps.dispatch import catalog, render
 
-    _no_passthrough()
     steps = catalog.select(category=category, consumes=consumes, produces=produces, tag=tag)
     if json:
         _print_json([render.step_json(step) for step in steps])
@@ -123,7 +130,6 @@ def show(step: StepId, json: Json = False) -> None:
     from steps.dispatch import catalog, render
     from steps.dispatch.parameters import parameters
 
-    _no_passthrough()
     found = catalog.find(step)
     rows = parameters(found)
     if json:

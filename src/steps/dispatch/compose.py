@@ -24,7 +24,7 @@ class Composed:
     """A configuration as plain data.
 
     sources:          dotted key of each value -> "tiny.yaml:7" or "command line".
-    from_environment: names in run.env.env_vars whose value was taken from this process's environment.
+    from_environment: names in run.env.env_vars whose value was handed on from this process's environment.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -50,11 +50,18 @@ def compose(
     return composed
 
 
+# A variable that is handed on as it is (`${oc.env:NAME}`, with or without a default) may hold anything; one that is put
+# together here (/scratch/${oc.env:USER}/out) is no secret.
+_IS_PASSED_ON = re.compile(r"\$\{oc\.env:[^{}]*(\$\{[^{}]*\}[^{}]*)*\}")
+
+
 def settle(composed: Composed) -> None:
     """Resolve `${…}` everywhere, in place, the job's own variables first. Raises ConfigError with every one that does
     not resolve."""
     variables = _job_variables(composed)
-    composed.from_environment = frozenset(name for name, text in variables.items() if "${oc.env:" in str(text))
+    composed.from_environment = frozenset(
+        name for name, text in variables.items() if _IS_PASSED_ON.fullmatch(str(text))
+    )
     with _as_environment(_resolve_variables(composed, variables)):
         composed.data = resolve(composed.data, composed.sources)
 

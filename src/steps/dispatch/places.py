@@ -12,21 +12,21 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def absolute(
-    data: Mapping[str, Any], written: Iterable[str], read: Iterable[str], workspace: str, *, visible: bool
+    data: Mapping[str, Any], paths: Iterable[str], names: Iterable[str], workspace: str, *, visible: bool
 ) -> dict[str, Any]:
     """`data` with the paths under the dotted keys starting at `workspace` instead of at the current directory.
 
-    written: keys of outputs, always paths. read: keys of inputs; one may hold a Hub id instead of a path, or text.
+    paths: keys that hold a path and nothing else. names: keys that may hold a Hub id instead, or text.
     visible: whether the job's machine has this machine's files, so that looking tells which of the two it is.
     """
     result = _copy(data)
-    written = set(written)
-    for key in [*written, *read]:
+    paths = set(paths)
+    for key in [*paths, *names]:
         section, name = _find(result, key)
         value = section.get(name)
         if not isinstance(value, str) or not value or value.startswith(("/", "~")):
             continue
-        if key in written or _is_path(value, workspace, visible):
+        if key in paths or _is_path(value, workspace, visible):
             section[name] = str(Path(workspace) / value)
     return result
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from steps import preflight
 from steps.artifacts import graph
+from steps.artifacts.opening import NAMED_TYPES
 from steps.config.base import RunEnv, StepConfig
 from steps.config.validate import check_section, validate
-from steps.dispatch import catalog, executors, places, profiles
+from steps.dispatch import catalog, executors, order, places, profiles
 from steps.dispatch.compose import Composed, compose, leaves
 from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
@@ -38,7 +37,7 @@ class Place:
 class Planned:
     """One step, ready to run as far as can be known now.
 
-    waits_for: config key -> id of the planned step that will make this input.
+    waits_for: config key -> id of the planned step, or of the job, that will make this input.
     looked:    whether the inputs could be looked at from here.
     """
 
@@ -102,8 +101,10 @@ def plan(
     findings = preflight.check(step, config, composed.sources) if sees else preflight.Findings({})
     data = composed.data
     if (workspace := executor.workspace(env)) is not None:
-        written, read = [port.key for port in step.produces], [port.key for port in step.consumes]
-        data = places.absolute(data, written, [*read, *config.path_keys()], workspace, visible=sees)
+        ports = [*step.produces, *(port for port in step.consumes if port.type not in NAMED_TYPES)]
+        names = [port.key for port in step.consumes if port.type in NAMED_TYPES]
+        paths, names = [*(port.key for port in ports), *config.path_keys()], [*names, *config.name_keys()]
+        data = places.absolute(data, paths, names, workspace, visible=sees)
     spec = new_spec(
         step, data, env, sources=composed.sources, config_name=config_name, profile=profile,
         torchrun=config.wants_torchrun(), secret_names=composed.from_environment, passthrough=passthrough,
@@ -116,7 +117,28 @@ def plan(
     notes += [f"run.env.env_vars.{name} is empty: what the job's machine holds under that name stays" for name in empty]
     if not sees and (step.consumes or step.produces):
         notes.append("the job runs on another machine: its inputs are checked there, when it starts")
-    return Planned(step, config_name, composed, config, findings, problems, notes, spec, place, looked=sees)
+    result = Planned(step, config_name, composed, config, findings, problems, notes, spec, place, looked=sees)
+    if place.after:
+        _expect(result)
+    return result
+
+
+def _expect(wanting: Planned) -> None:
+    """Inputs that the jobs waited for will have made are not missing."""
+    promised = order.promised(wanting.place.after)
+    for port in wanting.findings.missing:
+        value = preflight.lookup(wanting.config, port.key)
+        if value is not None and (maker := promised.get(order.full_path(str(value)))):
+            wanting.waits_for[port.key] = maker
+    _excuse(wanting)
+
+
+def _excuse(wanting: Planned) -> None:
+    """What is only missing so far is being made; the rest of what is wrong stays wrong."""
+    made = {f"missing_{port.type}" for port in wanting.findings.missing}
+    wanting.problems = [
+        problem for problem in wanting.problems if not (problem.where in wanting.waits_for and problem.name in made)
+    ]
 
 
 def _executor_name(composed: Composed) -> str:
@@ -191,6 +213,8 @@ def _plan(wanting: Planned, planned: dict[str, Planned], above: tuple[str, ...])
     if wanting.step.id in above:
         raise ArtifactError(f"the steps need each other in a circle: {' -> '.join((*above, wanting.step.id))}")
     for port, is_missing in _wanted(wanting):
+        if port.key in wanting.waits_for:
+            continue
         try:
             maker = _maker(port, wanting)
         except ArtifactError:
@@ -199,11 +223,7 @@ def _plan(wanting: Planned, planned: dict[str, Planned], above: tuple[str, ...])
             continue  # nobody here makes it, and it may well be there
         wanting.waits_for[port.key] = maker.step.id
         _plan(maker, planned, (*above, wanting.step.id))
-    # The rest of what is wrong stays wrong; what is only missing so far is being made.
-    made = {f"missing_{port.type}" for port in wanting.findings.missing}
-    wanting.problems = [
-        problem for problem in wanting.problems if not (problem.where in wanting.waits_for and problem.name in made)
-    ]
+    _excuse(wanting)
     planned[wanting.step.id] = wanting
 
 
@@ -240,18 +260,11 @@ def _maker(port: Port, wanting: Planned) -> Planned:
         for output in step.produces:
             if graph.is_a(output.type, port.type):
                 made = preflight.lookup(candidate.config, output.key)
-                if value is not None and made is not None and _same(str(made), str(value)):
+                if value is not None and made is not None and order.full_path(str(made)) == order.full_path(str(value)):
                     return candidate
                 elsewhere.append(f"{step.id} -c {wanting.config_name} writes {made}")
     what = f"no step makes a {port.type} at {value} with the config {wanting.config_name!r}"
     raise ArtifactError(Problem(where=port.key, what=what, hint="; ".join(elsewhere), name=f"missing_{port.type}"))
-
-
-def _same(left: str, right: str) -> bool:
-    def full(path: str) -> str:
-        return os.path.normpath(Path(path).expanduser().absolute())
-
-    return full(left) == full(right)
 
 
 def refuse(planned: Sequence[Planned]) -> None:

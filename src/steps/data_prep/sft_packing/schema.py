@@ -83,5 +83,5 @@ class Config(StepConfig):
             problems.append(Problem(where="chat_template", what=what, name="missing_chat_template"))
         return problems
 
-    def path_keys(self) -> tuple[str, ...]:
+    def name_keys(self) -> tuple[str, ...]:
         return ("tokenizer.model", "chat_template")
