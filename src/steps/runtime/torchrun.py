@@ -14,6 +14,7 @@ from typing import NoReturn
 def main() -> NoReturn:
     """Run torch.distributed.run's own main with this process's arguments."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -24,6 +25,8 @@ def main() -> NoReturn:
         if failure.exitcode < 0:
             print(f"error: process {rank} was killed by {failure.signal_name()}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as error:  # it has ended the processes, which tell that they were stopped
+        sys.exit(128 + error.sigval)
     sys.exit(0)
 
 
