@@ -84,8 +84,8 @@ class Log:
         seen, lost = 0, 0.0
         while True:
             place = 0
-            ended = self._state() in state.ENDED
             try:
+                ended = self._state() in state.ENDED
                 for piece in _Connection(self, replica).pieces(until_quiet=not (follow or ended), watch=not ended):
                     lost = 0.0 if piece else lost
                     fresh = piece[max(0, seen - place) :]
