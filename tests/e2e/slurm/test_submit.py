@@ -2,104 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from support.slurm import Cluster
+from support.slurm_site import DEMO, Site, Submitted, everything_written, refused
 
 pytest.importorskip("nemo_run", reason="nemo_run is not installed (pip install 'peft-steps[cluster]')")
 
-DEMO = ("data_prep/demo_chat", "-c", "tiny", "max_conversations=3")
 ODD = """a b "c" 'd' $(touch pwned) `touch pwned` back\\slash # hash; end\\"""
-
-
-@dataclass
-class Site:
-    """A directory with an env.toml, where `steps` is called as a user of the cluster calls it."""
-
-    directory: Path
-    cluster: Cluster
-    env: dict[str, str] = field(default_factory=dict)
-
-    def profile(self, text: str, name: str = "here") -> None:
-        with (self.directory / "env.toml").open("a") as file:
-            file.write(f'[{name}]\nexecutor = "slurm"\n{text}\n')
-
-    def start(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "steps", *arguments],
-            cwd=self.directory,
-            env={**os.environ, **self.cluster.env, **self.env, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def steps(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments, env=env)
-        out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-    def submit(self, *arguments: str, profile: str = "here", env: Mapping[str, str] | None = None) -> Submitted:
-        """`steps run … -b PROFILE`, which must succeed."""
-        before = set(self.jobs())
-        done = self.steps("run", *arguments, "-b", profile, env=env)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        (new,) = set(self.jobs()) - before
-        return Submitted(new, self.cluster)
-
-    @contextlib.contextmanager
-    def closed(self) -> Iterator[None]:
-        """Jobs that are submitted now wait until this is over."""
-        self.cluster.run("scontrol", "update", "PartitionName=batch", "State=DOWN", check=True)
-        try:
-            yield
-        finally:
-            self.cluster.run("scontrol", "update", "PartitionName=batch", "State=UP", check=True)
-
-    def jobs(self) -> list[Path]:
-        return sorted((self.directory / ".steps/jobs").glob("*"))
-
-
-@dataclass
-class Submitted:
-    directory: Path
-    cluster: Cluster
-
-    @property
-    def status(self) -> dict:
-        return json.loads((self.directory / "status.json").read_text())
-
-    @property
-    def number(self) -> int:
-        return int(self.status["handle"]["slurm_job_id"])
-
-    @property
-    def there(self) -> Path:
-        return Path(self.status["handle"]["directory"])
-
-    @property
-    def log(self) -> str:
-        return (self.there / "log").read_text()
-
-    def end(self, timeout: float = 60) -> dict[str, str]:
-        return self.cluster.wait_for(self.number, timeout=timeout)
-
-    def succeed(self, timeout: float = 60) -> None:
-        shown = self.end(timeout)
-        assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), self.log
 
 
 @pytest.fixture
@@ -107,15 +23,6 @@ def site(tmp_path, cluster) -> Site:
     directory = tmp_path / "a site"  # a space in every path of every test
     directory.mkdir()
     return Site(directory, cluster)
-
-
-def everything_written(*places: Path) -> dict[Path, bytes]:
-    """Every file's bytes and name below some directories."""
-    found = {}
-    for path in (path for place in places for path in place.rglob("*") if path.is_file()):
-        with contextlib.suppress(OSError):  # files of daemons come and go
-            found[path] = path.read_bytes() + os.fsencode(path)
-    return found
 
 
 def test_values_arrive_as_data(site):
@@ -195,23 +102,6 @@ def test_secrets_that_are_gone(site):
     assert job.end()["ExitCode"] == "5:0"
     assert "error: the job's secrets are gone (" in job.log
     assert (job.there / "exit_code").read_text() == "5\n"
-
-
-def refused(site: Site, *words: str, profile: str = "here") -> Path:
-    """A submission that ends with exit code 5 and these words, and leaves a failed job, no secrets and no code."""
-    done = site.steps("run", *DEMO, "-b", profile)
-    assert done.returncode == 5, done.stderr
-    for word in words:
-        assert word in done.stderr
-    assert "Traceback" not in done.stderr
-    job = site.jobs()[-1]
-    status = json.loads((job / "status.json").read_text())
-    assert status["state"] == "failed"
-    assert status["reason"].startswith("not submitted: ")
-    assert "slurm_job_id" not in status["handle"]
-    assert not list(site.directory.rglob(".steps/secrets/*"))
-    assert not (Path(status["handle"]["directory"]) / "code").exists()
-    return job
 
 
 def test_a_bad_partition(site):

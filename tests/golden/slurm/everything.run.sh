@@ -4,7 +4,10 @@ job='/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c'
 python=$1
 cd "$job/work" || { echo "error: $job is not in the container or on $(hostname)" >&2; exit 5; }
 export PYTHONPATH="$job/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# The first node to fail tells the job's exit code. TERM is for the step; this script stays until that has ended.
+trap 'code=$?; [ "$code" = 0 ] || (set -C; echo "$code" > "$job/.failure") 2> /dev/null' EXIT
+trap : TERM
 set -e
 "$python" -m pip install --quiet 'zstandard>=0.22' wandb
 echo 'one of us'
-exec "$python" -m steps.runtime.torchrun --nnodes=4 --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id=20260102-030405-peft-megatron_bridge-0a1b2c --nproc-per-node=4 -m steps.peft.megatron_bridge.step --config '/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c/config.yaml' --debug -- --name 'with space'
+"$python" -m steps.runtime.torchrun --nnodes=4 --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv-id=20260102-030405-peft-megatron_bridge-0a1b2c --nproc-per-node=4 -m steps.peft.megatron_bridge.step --config '/lustre/ada lovelace/100%/jobs/20260102-030405-peft-megatron_bridge-0a1b2c/config.yaml' --debug -- --name 'with space'

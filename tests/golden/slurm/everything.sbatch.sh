@@ -90,4 +90,7 @@ else
 fi
 
 srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --cpus-per-task=16 --kill-on-bad-exit=1 --wait=60 --unbuffered --export=ALL --cpu-bind=none --label "${container[@]}" bash "$job/run.sh" "$python"
-exit $?
+code=$?
+# srun tells the highest code, which is that of a node that was ended for the sake of another's.
+[ "$code" = 0 ] || read -r code 2> /dev/null < "$job/.failure"
+exit "$code"

@@ -67,4 +67,7 @@ else
 fi
 
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 --unbuffered --export=ALL "${container[@]}" bash "$job/run.sh" "$python"
-exit $?
+code=$?
+# srun tells the highest code, which is that of a node that was ended for the sake of another's.
+[ "$code" = 0 ] || read -r code 2> /dev/null < "$job/.failure"
+exit "$code"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from steps.config.base import StepConfig
+from steps.config.base import RunEnv, StepConfig
 from steps.dispatch.executors.slurm import layout, script
 from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.job import JobRecord, JobSpec, Status
@@ -17,7 +17,7 @@ from steps.errors import Problem
 class Slurm:
     """Executor `slurm`."""
 
-    env = SlurmEnv
+    env: type[RunEnv] = SlurmEnv
     imports_images = True
     has_order = True
 

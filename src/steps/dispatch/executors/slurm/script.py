@@ -156,7 +156,13 @@ def _srun(env: SlurmEnv, count: int) -> Iterator[str]:
     options += ["--kill-on-bad-exit=1", "--wait=60", "--unbuffered", "--export=ALL"]
     options += [argument for argument in env.srun_args if not _is_pyxis(argument)]
     yield f'srun {quote(options)} "${{container[@]}}" bash "$job/{layout.NODE_SCRIPT}" "$python"'
-    yield "exit $?"
+    if count == 1:
+        yield "exit $?"
+        return
+    yield "code=$?"
+    yield "# srun tells the highest code, which is that of a node that was ended for the sake of another's."
+    yield '[ "$code" = 0 ] || read -r code 2> /dev/null < "$job/.failure"'
+    yield 'exit "$code"'
 
 
 _FRAME = r"""
@@ -200,15 +206,24 @@ def _node(spec: JobSpec) -> str:
     """run.sh: what the profile wants done first, then the step, or torchrun with its processes."""
     directory = layout.directory(spec)
     before = setup_commands(spec.environment, '"$python"')
-    command = ["exec", '"$python"', *_launcher(spec), quote(step_arguments(spec, directory))]
+    command = ['"$python"', *_launcher(spec), quote(step_arguments(spec, directory))]
+    several = nodes(spec) > 1
     parts = [
         "#!/bin/bash", f"# {spec.step}, on each node", f"job={shlex.quote(directory)}", "python=$1",
         'cd "$job/work" || { echo "error: $job is not in the container or on $(hostname)" >&2; exit 5; }',
         'export PYTHONPATH="$job/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1',
+        *([_FIRST_FAILURE.strip()] if several else []),
         *(["set -e", *before] if before else []),
-        " ".join(command),
+        " ".join(command if several else ["exec", *command]),
     ]  # fmt: skip
     return "\n".join(parts) + "\n"
+
+
+_FIRST_FAILURE = r"""
+# The first node to fail tells the job's exit code. TERM is for the step; this script stays until that has ended.
+trap 'code=$?; [ "$code" = 0 ] || (set -C; echo "$code" > "$job/.failure") 2> /dev/null' EXIT
+trap : TERM
+"""
 
 
 def _launcher(spec: JobSpec) -> Iterable[str]:

@@ -64,11 +64,12 @@ class Stage:
                 for name in () if self._is_local_directory else names:
                     shutil.copy(self.spec.directory / name, target / name)
                 return
-            with tempfile.TemporaryDirectory(prefix="steps-") as staged:
-                package.write(Path(staged) / "code")
+            with tempfile.TemporaryDirectory(prefix="steps-") as private:
+                staged = Path(private) / "job"  # its mode arrives there, and should be a usual one
+                package.write(staged / "code")
                 for name in names:
-                    shutil.copy(self.spec.directory / name, Path(staged) / name)
-                copy(staged, self.directory)
+                    shutil.copy(self.spec.directory / name, staged / name)
+                copy(os.fspath(staged), self.directory)
         except shutil.Error as error:  # one entry a file, all for the same reason
             raise refused(f"the job's files cannot be put on {self.shell}", str(error.args[0][0][2])) from error
         except OSError as error:
