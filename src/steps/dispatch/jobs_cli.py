@@ -129,6 +129,9 @@ def cancel(
         if record.status.ended:
             _tell(record, "has already ended")
             continue
+        if not record.executor:
+            problems.append(Problem("", f"job {record.id} is being written down at this moment; try again"))
+            continue
         try:
             executors.get(record.executor).cancel(record)
             asked.append(record)

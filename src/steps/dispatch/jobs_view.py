@@ -94,7 +94,7 @@ def data(record: JobRecord) -> dict[str, Any]:
 
 def details(record: JobRecord) -> dict[str, Any]:
     """The same with all that its directory and its log tell."""
-    failed = record.status.state in (FAILED, LOST)
+    failed = record.status.state in (FAILED, LOST) and record.executor
     return {
         **data(record),
         "progress": None if record.status.state == SUCCEEDED else _file(record, "progress.json"),
