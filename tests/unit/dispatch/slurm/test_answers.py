@@ -87,7 +87,8 @@ ACCOUNTING = """\
 4|RUNNING|0:0|None|2026-11-22T06:44:43|Unknown|running
 5|CANCELLED by 1000|0:15|None|2026-11-22T06:44:43|2026-11-22T06:44:44|cancelled
 6|PENDING|0:0|Dependency|Unknown|Unknown|waiting
-7|CANCELLED by 0|0:0|DependencyNeverSatisfied|None|2026-11-22T06:44:44|never
+7|CANCELLED|0:0|Dependency|None|2026-11-22T07:14:46|never
+20|CANCELLED by 0|0:0|Dependency|None|2026-11-22T07:14:46|waited
 8|OUT_OF_MEMORY|0:125|None|2026-11-22T06:44:43|2026-11-22T06:44:53|memory
 9|TIMEOUT|0:15|TimeLimit|2026-11-22T06:53:42|2026-11-22T06:54:11|time
 10|TIMEOUT|0:0|None|2026-11-22T06:53:42|2026-11-22T06:54:11|time
@@ -113,6 +114,7 @@ ACCOUNTING = """\
         ("5", "cancelled", 143, "CANCELLED by 1000"),
         ("6", "pending", None, "Dependency"),
         ("7", "cancelled", None, "DependencyNeverSatisfied"),
+        ("20", "cancelled", None, "CANCELLED by 0"),
         ("8", "failed", 1, "OUT_OF_MEMORY"),
         ("9", "failed", 143, "TIMEOUT"),
         ("10", "failed", 1, "TIMEOUT"),

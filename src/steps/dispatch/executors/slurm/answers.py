@@ -20,6 +20,7 @@ _RUNNING = frozenset(
     {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "EXPEDITING"}
 )
 _CANCELLED = frozenset({"CANCELLED", "REVOKED"})
+_NEVER = "DependencyNeverSatisfied"
 #: slurmstepd's own code for a batch script whose output file or spool could not be opened.
 _NOT_LAUNCHED = 53
 
@@ -72,6 +73,8 @@ def sacct_rows(text: str) -> Iterator[Row]:
         fields = line.split("|", 6)
         if len(fields) == 7 and fields[0].isdigit():
             id, state, code, reason, start, end, name = fields
+            if (state, reason) == ("CANCELLED", "Dependency"):  # by nobody: accounting keeps the older reason
+                reason = _NEVER
             yield Row(id, name, state, _reason(reason), *_exit_code(code), _time(start), _time(end))
 
 
@@ -113,8 +116,8 @@ def judge(files: Files, row: Row | None) -> Status | None:
     # Larger numbers are no signals: 125 is Slurm's mark of a job that was out of memory.
     slurms = row.exit_code or (128 + row.signal if 0 < row.signal <= 64 else 0)
     if row.word in _CANCELLED:
-        never = "DependencyNeverSatisfied"
-        return Status(CANCELLED, code or slurms or None, never if row.reason == never else row.state, started, ended)
+        reason = _NEVER if row.reason == _NEVER else row.state
+        return Status(CANCELLED, code or slurms or None, reason, started, ended)
     return Status(FAILED, code or slurms or 1, _of_failure(row, code or slurms), started, ended)
 
 

@@ -94,6 +94,9 @@ def _ask(shell: Shell, jobs: Sequence[Found]) -> dict[str, Status]:
             ]
             heard = [row for row in told if row]
             rows[job.id] = next((row for row in heard if row.ended), heard[0] if heard else None)
+        trouble = " ".join(sections.get("accounting", []))
+        if not any(part in trouble for part in ("is disabled", "command not found")):
+            complaint = complaint or trouble  # there is accounting, and it may know more than it can say now
 
     result = {}
     for job, own in known.values():
@@ -158,12 +161,11 @@ def _second_question(jobs: Sequence[Found], *, controller: bool) -> str:
     names = [job.name for job in jobs if not job.slurm_job_id]
     since = min((_day_before(job.submitted_on) for job in jobs if job.submitted_on), default="1970-01-01")
     sacct = f"sacct --noheader --allocations --parsable2 --starttime={since} --format={answers.SACCT_FORMAT}"
-    lines = ["export TZ=UTC0", "echo '== sacct'"]
-    if numbers:
-        lines.append(f"{sacct} --jobs={','.join(numbers)} 2>/dev/null")
-    if names:
-        lines.append(f"{sacct} --name={shlex.quote(','.join(names))} 2>/dev/null")
-    lines.append("echo '== scontrol'")
+    lines = ["export TZ=UTC0", "words=", "echo '== sacct'"]
+    wanted = [f"--jobs={','.join(numbers)}"] if numbers else []
+    wanted += [f"--name={shlex.quote(','.join(names))}"] if names else []
+    lines += [f"{{ complaint=$({sacct} {one} 2>&1 >&3) || words=$complaint; }} 3>&1" for one in wanted]
+    lines.append("printf '== accounting\\n%s\\n== scontrol\\n' \"$words\"")
     if numbers and controller:
         lines.append(f"""\
 tries={_VERDICT_TRIES}
