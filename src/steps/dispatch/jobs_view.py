@@ -41,7 +41,8 @@ def number(status: Status) -> str:
 def told(record: JobRecord) -> str:
     """The state, and why; what is uncertain about it."""
     status = record.status
-    text = f"{status.state}: {status.reason}" if status.reason else status.state
+    says_more = status.reason and status.reason.lower() != status.state  # Slurm's word for cancelled is CANCELLED
+    text = f"{status.state}: {status.reason}" if says_more else status.state
     return f"{text} ({record.note})" if record.note else text
 
 

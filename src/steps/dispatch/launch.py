@@ -105,7 +105,7 @@ def attach(entry: Planned) -> None:
         status = job.read_status(directory)
         if status.ended:  # otherwise it was left to itself, and that was said
             told = {job.CANCELLED: "was cancelled", job.LOST: "is lost"}.get(status.state, status.state)
-            reason = f": {status.reason}" if status.reason else ""
+            reason = f": {status.reason}" if status.reason.lower() not in ("", status.state) else ""
             print(f"{entry.step.id} {told}{reason}. Log: {directory / 'log'}", file=sys.stderr)
         raise SystemExit(code)
     path = directory / "summary.json"

@@ -54,3 +54,7 @@ def test_where_names_the_profile_the_executor_and_the_number_there():
 def test_what_is_uncertain_stands_beside_the_state():
     record = JobRecord(Path("x"), {}, Status("pending", reason="Priority"), note="not reachable: x; last known")
     assert jobs_view.told(record) == "pending: Priority (not reachable: x; last known)"
+
+
+def test_a_reason_that_only_repeats_the_state_is_left_out():
+    assert jobs_view.told(JobRecord(Path("x"), {}, Status("cancelled", reason="CANCELLED"))) == "cancelled"
