@@ -56,7 +56,7 @@ def test_everything_is_told_together(site: Site):
     [
         (
             {"node_group": "a-group"},
-            "run.env.node_group: Lepton workspace ws has no node group 'a-group'. Did you mean",
+            "run.env.node_group: Lepton workspace ws has no node group 'a-group'. Did you",
         ),
         ({"node_group": "xyz"}, "has no node group 'xyz'. Node groups: my-group"),
         ({"nemo_run_dir": None}, "run.env.nemo_run_dir: is missing, and a Lepton job needs it"),

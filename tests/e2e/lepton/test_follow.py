@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lepton_jobs import names_resolve
+from support.lepton_jobs import Replica, names_resolve
 from support.lepton_site import DEMO, Site, until
 
 from steps.dispatch.executors.lepton import EXECUTOR
@@ -393,6 +393,33 @@ def test_two_workers_are_cancelled(site: Site):
     assert site.ended(job).status.state == "cancelled"
     assert site.lepton.processes() == []
     assert "Traceback" not in (job.directory / "log").read_text()
+
+
+def test_a_first_worker_that_ends_early_is_not_read_again_and_again(site: Site):
+    go = site.directory / "go"
+    program = f"import os\nif os.environ['LEPTON_JOB_WORKER_INDEX'] == '1':\n  {say('one')}\n  {WAIT.format(str(go))}"
+    job = site.submit(program.replace("\nwhile", "\n  while"), nodes=2)
+    reader = Reader(job)
+    until(lambda: site.remote(job).replicas[0].rc == 0)
+    time.sleep(2.5)
+    go.touch()
+    assert reader.end() == ""
+    assert len([path for _, path, _ in site.lepton.requests if path.endswith("/log")]) == 1
+
+
+def test_a_first_worker_that_is_started_again_is_followed(site: Site):
+    """As after making room for another job: a new worker with a log of its own."""
+    go = site.directory / "go"
+    program = f"import os\nif os.environ['LEPTON_JOB_WORKER_INDEX'] == '1':\n  {WAIT.format(str(go))}\n{say('one')}"
+    job = site.submit(program.replace("\nwhile", "\n  while"), nodes=2)
+    reader, remote = Reader(job), site.remote(job)
+    until(lambda: reader.text == "one\n" and remote.replicas[0].gone.is_set())
+    again = Replica(remote.id, 0, remote.root)
+    again.start(["bash", "-c", f"echo again; until [ -e {go} ]; do sleep 0.02; done"], remote.environment)
+    remote.replicas[0] = again
+    until(lambda: reader.text == "one\nagain\n")
+    go.touch()
+    assert reader.end() == "one\nagain\n"
 
 
 def test_one_worker_with_two_processes(site: Site):

@@ -255,6 +255,31 @@ def test_a_job_whose_submission_was_killed_at_the_last_moment_is_found(site: Sit
     assert (ended.directory / "log").read_text() == "ran\n"
 
 
+def test_a_submission_whose_answer_was_lost_is_found(site: Site, monkeypatch):
+    """The workspace has the job, we never heard of it, and it cannot be asked any more."""
+    import requests
+    from leptonai.api.v1.job import JobAPI
+
+    real = JobAPI.create
+
+    def create_and_break_off(self, job):
+        created = real(self, job)
+        if not job.metadata.id_.startswith("move-"):
+            site.lepton.down()
+            raise requests.ConnectionError("Connection aborted.")
+        return created
+
+    monkeypatch.setattr(JobAPI, "create", create_and_break_off)
+    with pytest.raises(ExecutorError, match="the connection broke off"):
+        site.submit("print('ran')", secret_env={"HF_TOKEN": SECRET})
+    assert (site.record().status.state, site.record().status.reason) == ("pending", "being submitted")
+    site.lepton.up()
+    ended = site.ended(site.record())
+    assert ended.status.state == "succeeded"
+    assert (ended.directory / "log").read_text() == "ran\n"
+    assert site.lepton.secrets == {}
+
+
 def test_many_at_once_are_none_lost_and_none_confused(site: Site):
     specs = [site.spec(f"print('this is {number}')") for number in range(8)]
     for spec in specs:

@@ -76,7 +76,7 @@ class Lepton:
         if job.status.ended:
             return
         workspace, name = Workspace(), _name(job)
-        workspace.delete(script.name(job.id, "move"))
+        _remove_mover(workspace, job)
         try:
             if state.word(workspace.job(name)) not in state.ENDED:
                 workspace.stop(name)
@@ -97,8 +97,7 @@ class Lepton:
             beside.unlink()
         _write(job.directory / "summary.json", log.trailer.summary)
         _write(job.directory / "metrics.jsonl", log.trailer.metrics)
-        if job.status.reason == SUBMITTING or not size:
-            workspace.delete(script.name(job.id, "move"))
+        _remove_mover(workspace, job)
         workspace.delete_secrets(_secrets(job))
 
 
@@ -111,6 +110,12 @@ def _name(job: JobRecord) -> str:
 
 def _secrets(job: JobRecord) -> list[str]:
     return list(map(str, job.status.handle.get("secrets") or ()))
+
+
+def _remove_mover(workspace: Workspace, job: JobRecord) -> None:
+    """The job that brings the files, where a submission was cut off before it could."""
+    if "mover" in job.status.handle or not job.status.handle:
+        workspace.delete(script.name(job.id, "move"))
 
 
 def _status(workspace: Workspace, job: JobRecord, found: Any) -> Status:

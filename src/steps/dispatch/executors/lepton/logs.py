@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from steps.dispatch.executors.lepton import state
@@ -17,6 +17,10 @@ _TURN_SECONDS = 0.5  # at most between two pieces
 _CHECK_SECONDS = 5.0  # of silence, after which the job's state is asked for: a dead connection is silent, too
 _SILENCE_SECONDS = 600.0  # after which a connection is made anew
 _LOST_SECONDS = 10.0  # without any contact, after which the reader is told
+_WATCH_SECONDS, _LONGEST_PAUSE = (
+    1.0,
+    10.0,
+)  # between two looks at a job whose first worker has ended; between connections
 _QUIET_SECONDS = 0.75  # what a running job has written until now comes without longer gaps
 _SETTLED_SECONDS, _SETTLED_BYTES = 5.0, 100_000  # or, where it never stops writing: after so long, so little a second
 _TAIL_LINES, _TAIL_BYTES = 30, 64 * 1024
@@ -43,13 +47,12 @@ class Log:
         if replica is None:
             self.trailer = Trailer(worker=-1)
             return
-        splitter = Splitter(self.job_id)
-        for piece in self._stream(replica, follow):
-            shown = splitter.feed(piece)
-            if shown or not piece:
-                yield shown
-        yield from filter(None, [splitter.rest()])
-        self.trailer = splitter.trailer
+        while replica is not None:
+            splitter = Splitter(self.job_id)
+            yield from self._stream(replica, splitter, follow)
+            yield from filter(None, [splitter.rest()])
+            self.trailer = splitter.trailer
+            replica = (yield from self._restarted(replica)) if follow else None
         if self._state() == "Failed":
             yield from self._of_the_failed()
 
@@ -76,33 +79,45 @@ class Log:
             yield None
             time.sleep(_TURN_SECONDS)
 
-    def _stream(self, replica: str, follow: bool) -> Iterator[bytes]:
-        """The bytes of a worker's log, each once, however often the connection breaks; empty ones in between.
+    def _stream(self, replica: str, splitter: Splitter, follow: bool) -> Iterator[bytes]:
+        """What a worker wrote, each byte once, however often the connection breaks; empty pieces in between.
 
         Without `follow`, of a running job: what there is now.
         """
-        seen, lost = 0, 0.0
+        seen, lost, pause = 0, 0.0, _TURN_SECONDS
         while True:
             place = 0
             try:
                 ended = self._state() in state.ENDED
                 for piece in _Connection(self, replica).pieces(until_quiet=not (follow or ended), watch=not ended):
-                    lost = 0.0 if piece else lost
                     fresh = piece[max(0, seen - place) :]
                     place += len(piece)
                     seen += len(fresh)
-                    if fresh or not piece:
-                        yield fresh
-                if ended or not follow:
+                    lost, pause = (0.0, _TURN_SECONDS) if fresh else (lost, pause)
+                    shown = splitter.feed(fresh)
+                    if shown or not piece:
+                        yield shown
+                if ended or not follow or splitter.trailer.ended_at:
                     return
             except NotThere:
-                return  # the job was deleted, its log with it
+                return  # the worker was deleted, its log with it
             except Unreachable:
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > _LOST_SECONDS:
                     raise
-            yield b""
-            time.sleep(_TURN_SECONDS)
+            yield from _nothing(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)  # each time the log is read from its beginning
+
+    def _restarted(self, replica: str) -> Generator[bytes, None, str | None]:
+        """Wait for the end of a job whose first worker has ended: others may go on, or Lepton may start it again, where
+        it had made room for another job. Returns the id of the new first worker; None at the end.
+        """
+        while self._state() not in state.ENDED:
+            now = self.workspace.replicas(self.name).get(0, replica)
+            if now != replica:
+                return now
+            yield from _nothing(_WATCH_SECONDS)
+        return None
 
     def _of_the_failed(self) -> Iterator[bytes]:
         """The last lines of the worker that made the job fail, where that is not the first."""
@@ -126,6 +141,14 @@ class Log:
                 tail = (tail + splitter.feed(piece))[-_TAIL_BYTES:]
         lines = (tail + splitter.rest()).splitlines(keepends=True)
         return b"".join(lines[-_TAIL_LINES:]), splitter.trailer
+
+
+def _nothing(seconds: float) -> Iterator[bytes]:
+    """Empty pieces, for so long."""
+    due = time.monotonic() + seconds
+    while time.monotonic() < due:
+        yield b""
+        time.sleep(min(_TURN_SECONDS, seconds))
 
 
 class _Connection:
