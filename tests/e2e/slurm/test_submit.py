@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_secrets_are_nowhere(site, tmp_path):
     secret = "hush-$(touch pwned)-'quoted'-7d3f"
     site.profile(
         'setup_lines = \'[ "$HF_TOKEN" = "$(cat expected)" ] && echo known\'\n'
-        'env_vars = {HF_TOKEN = "${oc.env:MINE}", OTHER_KEY = "${oc.env:MINE}"}'
+        'env_vars = {HF_TOKEN = "${oc.env:MINE}", OTHER_KEY = "prefix ${oc.env:MINE}"}'
     )
     # The job must wait while we look: Slurm holds what it was given until it starts.
     with site.closed():
@@ -194,8 +195,8 @@ def test_jobs_that_wait_for_each_other(site):
     failed = site.submit(*DEMO, "output_dir=fourth", profile="broken")
     failed.end()
     done = site.steps("run", *DEMO, "output_dir=fifth", "-b", "here", "--after", failed.directory.name)
-    assert done.returncode == 5
-    assert f"{failed.directory.name}, which this job shall wait for, is failed (exit code 3)" in done.stderr
+    assert done.returncode == 2
+    assert "exit code 3" in done.stderr
 
 
 def test_a_job_whose_predecessor_fails_never_runs(site):
@@ -260,3 +261,84 @@ def test_twenty_at_once(site, cluster):
         assert site.cluster.show(job.number)["JobName"] == job.directory.name
         job.succeed(timeout=120)
     assert len(list(site.directory.glob("out*/conversations.jsonl"))) == 20
+
+
+def test_slurm_answers_too_late(site, tmp_path):
+    """sbatch gives up waiting for an answer: whether the job is there is asked by its name."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(
+        f'#!/bin/bash\n[ -e {tools}/lost ] || {shutil.which("sbatch")} "$@" > /dev/null\n'
+        'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n'
+    )
+    (tools / "sbatch").chmod(0o755)
+    site.env["PATH"] = f"{tools}:{site.cluster.env['PATH']}"
+    site.profile("")
+    job = site.submit(*DEMO)
+    assert site.cluster.show(job.number)["JobName"] == job.directory.name
+    job.succeed()
+    (tools / "lost").touch()
+    refused(site, "Socket timed out")
+
+
+def test_slurm_answers_too_late_and_is_gone(site, tmp_path):
+    """Nobody can say whether the job is there: it stays pending, and is asked for later."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sbatch", "squeue"):
+        (tools / name).write_text(
+            f"#!/bin/sh\necho '{name}: error: Socket timed out on send/recv operation' >&2\nexit 1\n"
+        )
+        (tools / name).chmod(0o755)
+    site.env["PATH"] = f"{tools}:{site.cluster.env['PATH']}"
+    site.profile('env_vars = {HF_TOKEN = "hush-hush-hush"}')
+    done = site.steps("run", *DEMO, "-b", "here")
+    assert done.returncode == 5
+    assert "Socket timed out" in done.stderr
+    assert "steps jobs" in done.stderr
+    (job,) = site.jobs()
+    status = json.loads((job / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("pending", "being submitted")
+    assert (site.directory / ".steps/secrets" / job.name).exists(), "the job may need them"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import sys; sys.modules['nemo_run'] = None", "is not installed"),
+        ("import sys; sys.modules['paramiko'] = None", "NeMo-Run cannot be imported"),
+    ],
+)
+def test_without_nemo_run(site, tmp_path, text, words):
+    (tmp_path / "sitecustomize.py").write_text(text)
+    site.env["PYTHONPATH"] = str(tmp_path)
+    site.profile('env_vars = {HF_TOKEN = "hush-hush-hush"}')
+    refused(site, words, "pip install 'peft-steps[cluster]'")
+
+
+def test_nothing_of_nemo_run_stays(site, tmp_path):
+    """Neither its home nor what it says, and the job does not inherit it."""
+    site.env |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    (tmp_path / "home").mkdir()
+    site.profile('setup_lines = "echo home=$NEMORUN_HOME."')
+    job = site.submit(*DEMO)
+    job.succeed()
+    assert job.log.startswith("home=.\n")
+    assert not list((tmp_path / "home").iterdir())
+    assert not list(tmp_path.glob("steps-nemo-run-*"))
+
+
+def test_a_directory_that_is_gone_when_the_job_starts(site):
+    """Slurm would run the job in /tmp."""
+    site.profile("")
+    with site.closed():
+        job = site.submit(*DEMO)
+        (job.there / "work").rmdir()
+    assert job.end()["ExitCode"] == "5:0"
+    assert f"error: {job.there} is not on " in job.log
+
+
+def test_a_setup_that_is_not_strict(site):
+    """`module load` and its like read variables that are not set and fail halfway."""
+    site.profile('setup_lines = ["module() { [ -z $NOT_SET ] && false | true; false; }", "module load cuda"]')
+    site.submit(*DEMO).succeed()

@@ -41,6 +41,11 @@ def job_name(env: SlurmEnv, job_id: str) -> str:
     return env.job_name_prefix + job_id
 
 
+def image_job_name(env: SlurmEnv, job_id: str) -> str:
+    """The name of the job that imports its container image."""
+    return job_name(env, job_id) + "-image"
+
+
 def workspace(env: SlurmEnv, base: Path) -> str:
     """Where the relative paths of a configuration start on the cluster."""
     if env.workspace:

@@ -250,7 +250,7 @@ def _squash(spec: JobSpec, squash: str) -> str:
     image = image if "://" in image else f"docker://{image}"
     head = [
         "#!/bin/bash",
-        directive("job-name", f"{layout.job_name(env, spec.id)}-image"),
+        directive("job-name", layout.image_job_name(env, spec.id)),
         *_where(env, env.build_partition or (env.run_partition if spec.attached else env.batch_partition)),
         *(directive(name, value) for name, value in options.items() if value is not None),
         *_output(layout.directory(spec)),

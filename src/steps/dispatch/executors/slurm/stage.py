@@ -8,7 +8,7 @@ import posixpath
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.job import JobSpec
 from steps.errors import ExecutorError
 
+#: Shorter values are found everywhere by chance.
+_TELLING = 8
 #: Copies what is in a directory here into a directory on the cluster. Raises ExecutorError.
 Copy = Callable[[str, str], None]
 
@@ -107,13 +109,20 @@ class Cluster:
     def sbatch(self, spec: JobSpec) -> list[str]:
         """The beginning of the command line, quoted: sbatch as a login shell finds it.
 
-        sbatch hands its environment to the job and Slurm keeps that on its disk until then: variables that hold a
-        secret of the job are taken out of it. The job has them from its own file.
+        sbatch hands its environment to the job, and Slurm keeps that on its disk until then: variables of this machine
+        that hold a secret of the job are taken out of it. The job has them from its own file.
         """
-        hidden = set(spec.secret_env.values())
-        names = [name for name, value in os.environ.items() if value in hidden or name in spec.secret_env]
-        call = ["env", *(f"--unset={name}" for name in names), *([f"SLURM_CONF={self.conf}"] if self.conf else [])]
-        return [*map(shlex.quote, [*call, self.program]), "--parsable"]
+        secrets = spec.secret_env.values()
+        hidden = [name for name, value in os.environ.items() if name in spec.secret_env or _tells(value, secrets)]
+        unset = [part for name in hidden for part in ("-u", name)]
+        call = ["env", *unset, *([f"SLURM_CONF={self.conf}"] if self.conf else []), self.program]
+        return [*map(shlex.quote, call), "--parsable"]
+
+
+def _tells(value: str, secrets: Collection[str]) -> bool:
+    """Whether a variable gives a secret away: it is one, or part of one, or holds one."""
+    long = len(value) >= _TELLING
+    return any(value == one or (long and value in one) or (len(one) >= _TELLING and one in value) for one in secrets)
 
 
 def refused(what: str, words: str) -> ExecutorError:

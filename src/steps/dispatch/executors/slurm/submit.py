@@ -27,9 +27,11 @@ from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.executors.slurm.stage import Cluster, Stage, refused
 from steps.dispatch.job import CANCELLED, FAILED, PENDING, SUCCEEDED, JobRecord, JobSpec, Status, read_record, utc_now
-from steps.errors import ExecutorError, Interrupted
+from steps.errors import ExecutorError, Interrupted, StepsError
 
 SUBMITTING = "being submitted"
+_NOT_SUBMITTED = "the job was not submitted"
+_UNCLEAR, _ASK = "whether it is in the queue cannot be told now", "`steps jobs list` asks for it by its name."
 Look = Callable[[Sequence[JobRecord]], list[Status]]
 
 
@@ -41,16 +43,19 @@ def submit(spec: JobSpec, look: Look) -> Status:
     """
     status = Status(PENDING, reason=SUBMITTING, handle={"directory": layout.directory(spec)})
     status.write(spec.directory)
+    submission = _Submission(Stage(spec, Shell.of(_environment(spec)), layout.directory(spec)))
     try:
-        dependency = _dependency(spec, look)
-        stage = Stage(spec, Shell.of(_environment(spec)), layout.directory(spec))
-        status.handle |= _Submission(stage).run(dependency)
+        status.handle |= submission.run(dependency(spec, look))
     except KeyboardInterrupt:
+        try:
+            submission.withdraw()
+        except ExecutorError as error:
+            raise Interrupted(f"interrupted: {_UNCLEAR}", hint=_ASK) from error
         _ended(spec, status, CANCELLED, "stopped by the user")
         raise Interrupted("interrupted: the job was not submitted") from None
     except _Unknown as error:
-        raise ExecutorError(error.problems) from error
-    except ExecutorError as error:
+        raise ExecutorError(f"{error.problems[0].what}; {_UNCLEAR}", hint=_ASK) from error
+    except StepsError as error:
         _ended(spec, status, FAILED, error.problems[0].what)
         raise
     status.reason = ""
@@ -63,7 +68,8 @@ class _Unknown(ExecutorError):
 
 
 def _ended(spec: JobSpec, status: Status, state: str, reason: str) -> None:
-    status.state, status.reason, status.ended_at = state, f"not submitted: {reason}", utc_now()
+    reason = f"not submitted: {reason.removeprefix(_NOT_SUBMITTED + ': ')}"
+    status.state, status.reason, status.ended_at = state, reason, utc_now()
     with contextlib.suppress(OSError):  # a full disk is the reason, not the news
         status.write(spec.directory)
 
@@ -73,7 +79,7 @@ def _environment(spec: JobSpec) -> SlurmEnv:
     return spec.environment
 
 
-def _dependency(spec: JobSpec, look: Look) -> str:
+def dependency(spec: JobSpec, look: Look) -> str:
     """What `sbatch --dependency` is given: the profile's own, and the jobs of `spec.after` that still run or wait."""
     numbers = []
     for name in spec.after:
@@ -114,24 +120,33 @@ class _Submission:
                     self.stage.send_secrets()
                     return self._sbatch(nemo, tunnel, cluster, dependency)
                 finally:
-                    tunnel.cleanup()
+                    with contextlib.suppress(Exception):  # whatever it says, the job is there or is not
+                        tunnel.cleanup()
         except _Unknown:
             raise
-        except BaseException:
+        except Exception:
             self.stage.remove()
             raise
 
+    def withdraw(self) -> None:
+        """Take the job out of the queue, if it is there, and off the cluster. Raises ExecutorError: nobody answers."""
+        env, job_id = _environment(self.stage.spec), self.stage.spec.id
+        for name in (layout.job_name(env, job_id), layout.image_job_name(env, job_id)):
+            if number := self._find(name):
+                self._cancel(number)
+        self.stage.remove()
+
     def _sbatch(self, nemo: _NemoRun, tunnel: Any, cluster: Cluster, dependency: str) -> dict[str, Any]:
         spec = self.stage.spec
-        call, name, image = cluster.sbatch(spec), layout.job_name(_environment(spec), spec.id), ""
+        env, call, image = _environment(spec), cluster.sbatch(spec), ""
         if layout.squash_file(spec) and cluster.pyxis and (spec.force_squash or not cluster.has_image):
-            image = self._schedule(nemo, tunnel, call, layout.SQUASH_SCRIPT, f"{name}-image")
-            before = dependency or _environment(spec).dependency
+            image = self._schedule(nemo, tunnel, call, layout.SQUASH_SCRIPT, layout.image_job_name(env, spec.id))
+            before = dependency or env.dependency
             dependency = ",".join([*([before] if before else []), f"afterok:{image}"])
         options = [f"--dependency={shlex.quote(dependency)}"] if dependency else []
         try:
-            number = self._schedule(nemo, tunnel, [*call, *options], layout.SCRIPT, name)
-        except BaseException:
+            number = self._schedule(nemo, tunnel, [*call, *options], layout.SCRIPT, layout.job_name(env, spec.id))
+        except Exception:
             if image:
                 self._cancel(image)
             raise
@@ -153,11 +168,6 @@ class _Submission:
             if number:
                 return number
             raise ExecutorError(error.problems) from error
-        except KeyboardInterrupt:
-            with contextlib.suppress(ExecutorError):
-                if number := self._find(name):
-                    self._cancel(number)
-            raise
 
     def _find(self, name: str) -> str:
         """The number of the job of that name as long as the queue remembers it, '' when there is none."""
@@ -229,7 +239,7 @@ class _NemoRun:
             answer: str = self._scheduler("steps").schedule(self._info(request, repr))
         except (Exception, SystemExit) as error:
             words = _words(error)
-            failed = refused("the job was not submitted", words)
+            failed = refused(_NOT_SUBMITTED, words)
             # Slurm's answer was lost, sbatch was killed, or it is not sbatch that failed: the job may be in the queue.
             result = getattr(error, "result", None)
             if result is None or result.exited < 0 or "timed out" in words:
