@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from support.lepton import SHAPES
 from support.lepton_site import Site
@@ -77,6 +80,15 @@ def test_a_workspace_that_refuses_or_is_away(site: Site):
     assert "does not allow this to you (forbidden)" in problems(site)[""]
     site.lepton.down()
     assert "cannot be reached: connection refused" in problems(site)[""]
+
+
+def test_an_address_where_something_else_answers(site: Site, monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        (site.directory / "usersecrets").write_text("<html>Welcome</html>")
+        monkeypatch.setenv("LEPTON_WORKSPACE_URL", f"http://127.0.0.1:{server.server_port}")
+        assert "gave an answer that leptonai's client does not understand" in problems(site)[""]
+        server.shutdown()
 
 
 def test_a_mount_that_ends_like_the_directory_does_not_hold_it(site: Site):

@@ -5,8 +5,8 @@ We render (`script`), NeMo-Run submits (`submit`), and the rest is asked of the 
 lines of its log (`trailer`), which are not shown (`logs`). Lepton forgets logs when a job is deleted: the whole log is
 stored here when the job has ended.
 
-A job's exit code is that of the first worker that failed by itself. Secrets become secrets of the workspace for as long
-as the job lives; their names follow from the job's id.
+A job's exit code is that of the first worker that failed by itself. Secrets become secrets of the workspace, which only
+the user sees, until somebody looks at the job after its end; their names follow from the job's id.
 """
 
 from __future__ import annotations

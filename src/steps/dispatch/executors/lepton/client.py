@@ -58,12 +58,17 @@ class Workspace:
         except ServerError as error:
             hint = "Try again in a while."
             raise Unreachable(f"{self} failed with status {error.response.status_code}", hint=hint) from error
+        except requests.exceptions.InvalidJSONError as error:
+            raise self._strange() from error
         except requests.RequestException as error:
             hint = "Check the network, and LEPTON_WORKSPACE_URL where it is set."
             raise Unreachable(f"{self} cannot be reached: {_words(error)}", hint=hint) from error
         except RuntimeError as error:  # an answer that is not what the client expects
-            what = f"{self} gave an answer that leptonai's client does not understand"
-            raise ExecutorError(what, hint="Is LEPTON_WORKSPACE_URL right, and leptonai new enough?") from error
+            raise self._strange() from error
+
+    def _strange(self) -> ExecutorError:
+        what = f"{self} gave an answer that leptonai's client does not understand"
+        return ExecutorError(what, hint="Is LEPTON_WORKSPACE_URL right, and leptonai new enough?")
 
     def _refused(self, status: int, response: Any) -> ExecutorError:
         if status == 401:
