@@ -25,17 +25,6 @@ trap 'trap - EXIT; exit 143' TERM
 echo "$SLURM_JOB_ID" > "$job/slurm_job_id"
 now > "$job/started_at"
 
-# Where the processes meet: the first node, by a name that resolves or else its address, and a port that nobody uses.
-# The batch script runs on that node. Ports from 32768 on are given to outgoing connections at any time.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-getent hosts "$MASTER_ADDR" > /dev/null ||
-    MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-while
-    MASTER_PORT=$((20000 + RANDOM % 12000))
-    grep -qi ":$(printf '%04X' "$MASTER_PORT") " /proc/net/tcp /proc/net/tcp6 2> /dev/null
-do :; done
-export MASTER_ADDR MASTER_PORT
-
 python=/opt/python/bin/python3
 container=()
 echo "note: no container image: the job runs in the environment of its nodes"

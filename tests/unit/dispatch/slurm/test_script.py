@@ -154,14 +154,14 @@ def test_time_stays_text():
 def test_environment_reaches_bash_as_it_is(value):
     text = EXECUTOR.render(spec(env={"odd": value}))["sbatch.sh"]
     start = text.index("export odd=")
-    export = text[start : text.index("\n\n#", start)]
+    export = text[start : text.index("\n\npython=", start)]
     done = subprocess.run(["bash", "-c", f'{export}\nprintf %s "$odd"'], capture_output=True, text=True, check=True)
     assert done.stdout == value
 
 
 def test_the_port_is_free_and_the_address_found(tmp_path):
     """The lines of the script, with a Slurm that names a node without an address of its own."""
-    text = EXECUTOR.render(HOST)["sbatch.sh"]
+    text = EXECUTOR.render(CONTAINER)["sbatch.sh"]
     part = text[text.index("MASTER_ADDR=$(") : text.index("export MASTER_ADDR")]
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(

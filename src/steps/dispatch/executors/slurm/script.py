@@ -100,7 +100,7 @@ def _batch(spec: JobSpec, python: str) -> str:
         *([_SECRETS.format(path=shlex.quote(layout.secrets(directory))).strip()] if spec.secret_env else []),
         *(["", *exports] if exports else []),
         *(["", "# setup_lines of the profile", *env.setup] if env.setup else []),
-        "", _HEAD.strip(),
+        *(["", _HEAD.strip()] if nodes(spec) > 1 else []),
         "", *_container(spec, python),
         "", *_srun(env, nodes(spec)),
     ]  # fmt: skip
