@@ -31,7 +31,7 @@ def test_a_documented_command_line_works_as_it_stands(name, tmp_path):
     done = steps(*shlex.split(COMMANDS[name])[1:], "-d", cwd=tmp_path, env=bare)
     assert done.returncode == 0, done.stderr
     seen = re.sub(r"\d{8}-\d{6}-peft-megatron_bridge-[0-9a-f]{6}", "<job id>", done.stdout)
-    seen = re.sub(r"megatron-bridge-[0-9a-f]{6}\b", "megatron-bridge-<random>", seen)
+    seen = re.sub(r"megatron-bridge-\d{12}-[0-9a-f]{6}\b", "<name>", seen)
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("STEPS_UPDATE_GOLDENS") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def test_the_database_remembers_what_the_controller_forgot(accounted, tmp_path, 
     assert look([failed])[0].exit_code == 3
     assert all(status.ended_at for status in look(jobs))
     del cancelled.status.handle["slurm_job_id"]
-    (there(cancelled) / "slurm_job_id").unlink()
+    (there(cancelled) / "slurm_job_id").unlink(missing_ok=True)
     assert look([cancelled])[0].handle["slurm_job_id"] == str(number_of(accounted, cancelled.id))
 
 

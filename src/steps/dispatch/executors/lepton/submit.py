@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from steps.dispatch import importing
 from steps.dispatch.executors.lepton import package, script, state
 from steps.dispatch.executors.lepton.client import NotThere, Workspace
 from steps.dispatch.job import CANCELLED, FAILED, PENDING, SUBMITTING, JobSpec, Status, utc_now
@@ -76,14 +77,11 @@ def _executor_class() -> Iterator[Any]:
     """NeMo-Run's executor with our launch, imported now (2 seconds), and saying nothing."""
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())  # NeMo-Run calls logging.info(), which would add another
+    with importing.nemo_run():
+        from nemo_run.core.execution.lepton import LeptonExecutor
     quiet = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         warnings.simplefilter("ignore")
-        try:
-            from nemo_run.core.execution.lepton import LeptonExecutor
-        except ImportError as error:
-            hint = "pip install 'peft-steps[cluster]' brings versions that fit together."
-            raise ExecutorError(f"NeMo-Run cannot be imported: {error}", hint=hint) from error
 
         class Submission(LeptonExecutor):  # type: ignore[misc]
             """One submission. launch() is what NeMo-Run's own does, without its flaws."""

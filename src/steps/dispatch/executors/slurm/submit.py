@@ -16,12 +16,12 @@ import shlex
 import signal
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steps.dispatch import importing
 from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
@@ -260,28 +260,21 @@ def _words(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _nemo_run() -> Iterator[_NemoRun]:
-    """NeMo-Run, imported now (3 seconds), saying nothing, its own files where nobody meets them."""
+    """NeMo-Run, imported now (2 seconds), saying nothing, its own files where nobody meets them."""
     global _home
     given = os.environ.get("NEMORUN_HOME")
     if given is None:
         _home = _home or tempfile.TemporaryDirectory(prefix="steps-nemo-run-")
         os.environ["NEMORUN_HOME"] = _home.name
-    quiet = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            warnings.simplefilter("ignore")
-            try:
-                with _uninterrupted():
-                    nemo = _NemoRun()
-            except Exception as error:
-                hint = "pip install 'peft-steps[cluster]' brings versions that fit together."
-                raise ExecutorError(f"NeMo-Run cannot be imported: {error}", hint=hint) from error
+        with _uninterrupted(), importing.nemo_run():
+            nemo = _NemoRun()
             for name in ("nemo_run", "torchx", "paramiko", "fabric", "invoke"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
     finally:
         if given is None:
             del os.environ["NEMORUN_HOME"]
-    with contextlib.redirect_stdout(quiet):
+    with contextlib.redirect_stdout(io.StringIO()):
         yield nemo
 
 
