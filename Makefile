@@ -37,12 +37,14 @@ $(VENV)-cluster/.done: pyproject.toml
 	touch $@
 
 # The tests run a real Slurm of their own. Where apt can bring it, it does; elsewhere those tests are skipped, and say so.
+# A database for Slurm's accounting is only for the slow tests (make test-slow MORE_SERVERS=…).
+MORE_SERVERS ?=
 .PHONY: servers
 servers:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! ( PATH="$$PATH:/usr/sbin"; \
 			for tool in slurmctld slurmd munged sbatch sshd rsync; do command -v $$tool >/dev/null || exit 1; done ); then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
-			slurm-wlm munge openssh-server openssh-client rsync >/dev/null || echo "no Slurm: its tests will be skipped"; \
+			slurm-wlm munge openssh-server openssh-client rsync $(MORE_SERVERS) >/dev/null || echo "no Slurm: its tests will be skipped"; \
 	fi
 
 $(VENV)-bridge/.done:
@@ -61,7 +63,7 @@ test: $(VENV)/.dev $(BRIDGE:%=%/.done) $(VENV)-cluster/.done servers  ## Everyth
 	STEPS_BRIDGE_PYTHON=$(BRIDGE:%=$(CURDIR)/%/bin/python) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow" --durations=10
 
-test-slow: $(VENV)/.dev  ## The tests that take minutes each.
+test-slow: $(VENV)/.dev servers  ## The tests that take minutes each.
 	$(BIN)/python -m pytest -q -m slow
 
 check: $(VENV)/.dev  ## Format, lint, types, import rules, generated documents. Fast; run it before every commit.

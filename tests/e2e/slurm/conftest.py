@@ -45,7 +45,7 @@ def remote(cluster, sshd, tmp_path, monkeypatch) -> Place:
     return Place(cluster, tmp_path / "here", tmp_path / "there", {**env, "remote_job_dir": str(tmp_path / "there")})
 
 
-@pytest.fixture(params=["login", "remote"])
+@pytest.fixture(params=["login", pytest.param("remote", marks=pytest.mark.slow)])
 def place(request) -> Place:
     """Where jobs are submitted: on a login node, or through ssh."""
     place: Place = request.getfixturevalue(request.param)

@@ -15,6 +15,8 @@ from steps.dispatch.executors.slurm.probe import probe
 from steps.dispatch.executors.slurm.state import look
 from steps.errors import ExecutorError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def accounted():

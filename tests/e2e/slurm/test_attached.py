@@ -116,6 +116,7 @@ def test_a_detached_job_is_followed_cancelled_and_run_again_from_other_shells(si
     assert len(site.jobs()) == 2
 
 
+@pytest.mark.parametrize("site", ["login node"], indirect=True)
 def test_usage_and_profiles_that_are_wrong_start_nothing(site):
     site.profile(site.reach + "acount = 1")
     (site.directory / "other.toml").write_text('[odd]\nexecutor = "slrum"\n')

@@ -48,6 +48,7 @@ def test_what_is_there_now(place):
     assert b"".join(logs(place.record(), follow=False)) == b""
 
 
+@pytest.mark.slow
 def test_any_bytes_and_many_of_them(place):
     """Pieces are of a few MB; a character may be cut in two, and a last line may have no end."""
     job = place.submit("head -c 9000000 /dev/urandom; printf 'é\\0 the end'; printf '\\n\\n'")
@@ -86,6 +87,7 @@ def test_a_line_that_breaks_loses_nothing_and_repeats_nothing(remote, sshd):
     assert text.decode().splitlines() == [f"line {number}" for number in range(1, 601)]
 
 
+@pytest.mark.slow
 def test_a_line_that_breaks_at_any_time(remote, sshd):
     job = remote.submit("for i in {1..80000}; do echo line $i of many; done; sleep 2")
     stop = threading.Event()

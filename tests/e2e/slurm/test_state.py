@@ -164,7 +164,7 @@ def test_forgotten_jobs(forgetful, tmp_path, monkeypatch):
     assert [status.state for status in seen] == ["succeeded", "failed", "cancelled"]
     assert seen[2].reason == f"CANCELLED by {os.getuid()}"
     del cancelled.status.handle["slurm_job_id"]
-    (there(cancelled) / "slurm_job_id").unlink()
+    (there(cancelled) / "slurm_job_id").unlink(missing_ok=True)
     assert look([cancelled])[0] == seen[2], "found by its name"
 
 
@@ -180,6 +180,7 @@ def test_a_node_that_dies(forgetful, tmp_path, monkeypatch):
     assert (status.reason, status.exit_code) == ("NODE_FAIL", 1)
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_down(forgetful, tmp_path, monkeypatch):
     """Nobody is called lost because nobody answers; what has ended well needs no answer."""
     place = login_to(forgetful, tmp_path, monkeypatch)

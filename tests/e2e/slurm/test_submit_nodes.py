@@ -132,6 +132,7 @@ def pyxis(site, tmp_path) -> Path:
     return tools
 
 
+@pytest.mark.slow
 def test_an_image_is_imported_once(site, pyxis, tmp_path):
     file = tmp_path / "images/nvcr.io+nvidia+nemo=25.11.sqsh"
     first = site.submit(*DEMO)
@@ -156,6 +157,7 @@ def test_an_image_is_imported_once(site, pyxis, tmp_path):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_imported(site, pyxis, tmp_path):
     (pyxis / "broken").touch()
     job = site.submit(*DEMO)
@@ -164,6 +166,7 @@ def test_an_image_that_cannot_be_imported(site, pyxis, tmp_path):
     assert not list((tmp_path / "images").iterdir())
 
 
+@pytest.mark.slow
 def test_without_enroot_the_name_is_used(site, pyxis):
     (pyxis / "enroot").unlink()
     job = site.submit(*DEMO)

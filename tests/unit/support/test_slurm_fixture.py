@@ -18,6 +18,7 @@ from support.slurm import Cluster, ClusterError
 from support.slurm_conf import NODES
 from support.sshd import Sshd
 
+pytestmark = pytest.mark.slow  # what relies on these fixtures fails without them, too
 needs_slurm = pytest.mark.skipif(bool(Cluster.missing()), reason=Cluster.missing() or "found")
 needs_sshd = pytest.mark.skipif(bool(Sshd.missing()), reason=Sshd.missing() or "found")
 SUPPORT = Path(processes.__file__).parent
