@@ -8,8 +8,10 @@ import time
 import pytest
 from support.slurm_jobs import number, there
 
+from steps.dispatch.executors.slurm import follow
 from steps.dispatch.executors.slurm.follow import cancel, fetch, logs
 from steps.dispatch.executors.slurm.state import look
+from steps.dispatch.job import SUBMITTING
 from steps.errors import ExecutorError
 
 #: Each line tells when it was written.
@@ -154,6 +156,24 @@ def test_cancelling_leaves_other_jobs_and_ended_ones_alone(place):
     assert look([other])[0].state == "pending"
     assert look([done])[0].state == "succeeded"
     cancel(other)
+
+
+def test_cancelling_what_another_shell_is_submitting(login, monkeypatch):
+    """It is waited for, and its secrets stay as long as it may still start."""
+    job = login.record()
+    job.status.reason = SUBMITTING
+    secret = there(job).parent.parent / "secrets" / job.id
+    for directory in (there(job), secret.parent):
+        directory.mkdir(parents=True)
+    secret.write_text("export A=b\n")
+    with monkeypatch.context() as patched, pytest.raises(ExecutorError, match="is being submitted"):
+        patched.setattr(follow, "_CANCEL_SECONDS", 0.5)
+        cancel(job)
+    assert secret.exists()
+    threading.Timer(1.0, login.cluster.submit, ["true", f"--job-name={job.id}", "--hold"]).start()
+    cancel(job)
+    assert look([job])[0].state == "cancelled"
+    assert not secret.exists()
 
 
 def test_fetching(place):

@@ -19,7 +19,7 @@ from typing import TypeVar
 from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.executors.slurm.state import Found, environment, find, look
-from steps.dispatch.job import JobRecord
+from steps.dispatch.job import LOST, SUBMITTING, JobRecord
 from steps.errors import ExecutorError
 
 T = TypeVar("T")
@@ -111,9 +111,17 @@ def fetch(job: JobRecord) -> None:
 
 
 def cancel(job: JobRecord) -> None:
-    """End a job, waiting or running, and wait a little until it is gone. Raises ExecutorError when Slurm refuses."""
+    """End a job, waiting or running, and wait a little until it is gone. Raises ExecutorError when Slurm refuses, and
+    for a job that is on its way into the queue and does not come there."""
     shell, found = Shell.of(environment(job)), find(job)
     status = look([job])[0]
+    due = time.monotonic() + _CANCEL_SECONDS
+    while status.state == LOST and job.status.reason == SUBMITTING:  # on its way into the queue: nothing to end yet
+        if time.monotonic() > due:
+            hint = "Try again in a minute: then it is in the queue, or its submission has failed."
+            raise ExecutorError(f"{job.id} is being submitted by another process at this moment", hint=hint)
+        time.sleep(_IDLE)
+        status = look([job])[0]
     if not status.ended:
         # By number and name together: should the number be another job's by now, nothing happens to that one.
         number = status.handle.get("slurm_job_id", "")
