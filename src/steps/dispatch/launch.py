@@ -118,6 +118,9 @@ def _wait_for_each_other(planned: list[Planned]) -> None:
     ids = {entry.step.id: entry.spec.id for entry in planned}
     for entry in planned:
         makers = dict.fromkeys(ids[maker] for maker in entry.waits_for.values() if maker in ids)
+        if makers and not executors.get(entry.spec.executor).has_order:
+            what = f"jobs of the executor {entry.spec.executor} cannot wait for others: no --upstream with -b"
+            raise UsageError(what, hint=f"Stay with the chain instead: -r {entry.spec.profile}.")
         entry.spec = replace(entry.spec, after=(*entry.spec.after, *makers))
 
 
