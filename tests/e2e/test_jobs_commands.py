@@ -173,6 +173,18 @@ def test_a_job_waits_for_another_and_runs_when_that_has_succeeded(shell):
     assert two["after"] == [first]
 
 
+def test_a_job_waits_for_one_of_the_directory_above_and_for_none_of_elsewhere(shell, tmp_path_factory):
+    first = shell.submit("sleep 2")
+    below = shell.cwd / "below"
+    below.mkdir()
+    done = steps(*CHAT, "--after", first, cwd=below)
+    assert done.returncode == 0, done.stderr
+    other = shell.submit("sleep 2")
+    done = steps(*CHAT, "--after", str(shell.directory(other)), cwd=tmp_path_factory.mktemp("elsewhere"))
+    assert done.returncode == 2
+    assert f"job {other} is of another place ({shell.directory(other).parent})" in done.stderr
+
+
 def test_attached_jobs_wait_too_and_say_so(shell):
     first = shell.submit("sleep 1")
     done = shell(*CHAT, "output_dir=second", "--after", first)

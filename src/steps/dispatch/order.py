@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from steps.dispatch import catalog, jobs
-from steps.dispatch.job import SUCCEEDED, JobRecord
+from steps.dispatch.job import JOBS, SUCCEEDED, JobRecord
 from steps.errors import StepsError, UsageError
 from steps.preflight import lookup
 
@@ -18,6 +18,10 @@ def waited_for(names: Iterable[str]) -> tuple[str, ...]:
     Raises UsageError for names that fit no job, and for jobs that ended otherwise: nothing would come after them.
     """
     records = jobs.refresh([jobs.find(name) for name in names])
+    for record in records:
+        if jobs.by_id(record.id, JOBS / record.id).directory.resolve() != record.directory.resolve():
+            hint = "A job can wait for jobs that were submitted here or above; run this where that one was submitted."
+            raise UsageError(f"job {record.id} is of another place ({record.directory.parent})", hint=hint)
     for record in records:
         status = record.status
         if status.ended and status.state != SUCCEEDED:

@@ -50,6 +50,15 @@ def test_the_numbers_of_those_that_have_not_ended(tmp_path):
     assert [one.id for one in asked] == ["running", "pending"]
 
 
+def test_a_job_of_the_directory_above(tmp_path):
+    """`--after` finds it there, and so does the submission."""
+    made(tmp_path / ".steps/jobs", "before", HERE, waiting("2"))
+    spec = made(tmp_path / "below/.steps/jobs", "new", HERE, after=("before", "none"))
+    with pytest.raises(ExecutorError, match="none, which this job shall wait for, is lost: its directory is gone"):
+        submit.dependency(spec, lambda jobs: [one.status for one in jobs])
+    assert submit.dependency(replace(spec, after=("before",)), lambda jobs: [one.status for one in jobs]) == "afterok:2"
+
+
 def test_what_the_cluster_says_now_counts(tmp_path):
     """The record is as old as the last look."""
     made(tmp_path, "before", HERE, waiting("2"))

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steps.dispatch import importing
+from steps.dispatch import importing, jobs
 from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.executors.slurm.stage import Cluster, Stage, refused
-from steps.dispatch.job import CANCELLED, FAILED, PENDING, SUCCEEDED, JobRecord, JobSpec, Status, read_record, utc_now
+from steps.dispatch.job import CANCELLED, FAILED, PENDING, SUCCEEDED, JobRecord, JobSpec, Status, utc_now
 from steps.errors import ExecutorError, Interrupted, StepsError
 
 SUBMITTING = "being submitted"
@@ -83,7 +83,9 @@ def dependency(spec: JobSpec, look: Look) -> str:
     """What `sbatch --dependency` is given: the profile's own, and the jobs of `spec.after` that still run or wait."""
     numbers = []
     for name in spec.after:
-        before = read_record(spec.directory.parent / name)
+        before = jobs.by_id(name, spec.directory)
+        if not before.executor:
+            raise ExecutorError(f"{name}, which this job shall wait for, is lost: {before.status.reason}")
         if before.executor != spec.executor:
             what = f"{name} runs on the executor {before.executor}, and a Slurm job cannot wait for it"
             raise ExecutorError(what, hint="Wait until it has ended, then drop --after.")
