@@ -14,11 +14,13 @@ from pathlib import Path
 
 from steps.dispatch.executors.slurm import layout, package
 from steps.dispatch.executors.slurm.shell import Shell
-from steps.dispatch.job import JobSpec
+from steps.dispatch.job import JobSpec, is_secret
 from steps.errors import ExecutorError
 
 #: Shorter values are found everywhere by chance.
 _TELLING = 8
+#: Variables without which no job runs, whatever is in them.
+_NEEDED = frozenset({"HOME", "LANG", "LOGNAME", "PATH", "PWD", "SHELL", "USER"})
 #: Copies what is in a directory here into a directory on the cluster. Raises ExecutorError.
 Copy = Callable[[str, str], None]
 
@@ -112,11 +114,23 @@ class Cluster:
         sbatch hands its environment to the job, and Slurm keeps that on its disk until then: variables of this machine
         that hold a secret of the job are taken out of it. The job has them from its own file.
         """
-        secrets = spec.secret_env.values()
-        hidden = [name for name, value in os.environ.items() if name in spec.secret_env or _tells(value, secrets)]
+        secrets = [value for name, value in spec.secret_env.items() if is_secret(name) or not _is_everyday(value)]
+        hidden = [
+            name
+            for name, value in os.environ.items()
+            if name not in _NEEDED and (name in spec.secret_env or _tells(value, secrets))
+        ]
         unset = [part for name in hidden for part in ("-u", name)]
         call = ["env", *unset, *([f"SLURM_CONF={self.conf}"] if self.conf else []), self.program]
         return [*map(shlex.quote, call), "--parsable"]
+
+
+def _is_everyday(value: str) -> bool:
+    """Whether a value is no secret, whoever handed it on: a place on this machine, or a search path of them.
+
+    CACHE = "${oc.env:HOME}" must not take PATH out of the job's environment because that holds the home directory.
+    """
+    return value.startswith("/") and os.path.lexists(value.partition(":")[0])
 
 
 def _tells(value: str, secrets: Collection[str]) -> bool:
