@@ -98,15 +98,15 @@ def plan(
         )
     config, env, notes = typed(step, composed, executor)
     sees = executor.sees_this_machine(env)
-    findings = preflight.check(step, config, composed.sources) if sees else preflight.Findings({})
-    data = composed.data
     if (workspace := executor.workspace(env)) is not None:
         ports = [*step.produces, *(port for port in step.consumes if port.type not in NAMED_TYPES)]
         names = [port.key for port in step.consumes if port.type in NAMED_TYPES]
         paths, names = [*(port.key for port in ports), *config.path_keys()], [*names, *config.name_keys()]
-        data = places.absolute(data, paths, names, workspace, visible=sees)
+        composed = replace(composed, data=places.absolute(composed.data, paths, names, workspace, visible=sees))
+        config, _ = validate(type(config), composed.data, composed.sources)
+    findings = preflight.check(step, config, composed.sources) if sees else preflight.Findings({})
     spec = new_spec(
-        step, data, env, sources=composed.sources, config_name=config_name, profile=profile,
+        step, composed.data, env, sources=composed.sources, config_name=config_name, profile=profile,
         torchrun=config.wants_torchrun(), secret_names=composed.from_environment, passthrough=passthrough,
         after=place.after, attached=place.attached, force_squash=place.force_squash, debug=debug,
     )  # fmt: skip
