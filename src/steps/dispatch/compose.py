@@ -13,6 +13,7 @@ from typing import Any
 
 from steps.config import yaml12
 from steps.dispatch import catalog, dotlist
+from steps.dispatch.job import is_secret
 from steps.errors import ConfigError, Problem
 from steps.manifest import Manifest
 
@@ -51,19 +52,26 @@ def compose(
 
 
 # A variable that is handed on as it is (`${oc.env:NAME}`, with or without a default) may hold anything; one that is put
-# together here (/scratch/${oc.env:USER}/out) is no secret.
+# together here (/scratch/${oc.env:USER}/out) is no secret, unless a part says so (postgres://u:${oc.env:DB_PASSWORD}@h).
 _IS_PASSED_ON = re.compile(r"\$\{oc\.env:[^{}]*(\$\{[^{}]*\}[^{}]*)*\}")
+_NAMED = re.compile(r"\$\{(?:oc\.env:|run\.env\.env_vars\.)(\w+)")
 
 
 def settle(composed: Composed) -> None:
     """Resolve `${…}` everywhere, in place, the job's own variables first. Raises ConfigError with every one that does
     not resolve."""
     variables = _job_variables(composed)
-    composed.from_environment = frozenset(
-        name for name, text in variables.items() if _IS_PASSED_ON.fullmatch(str(text))
-    )
+    composed.from_environment = frozenset(name for name, text in variables.items() if _may_be_secret(str(text)))
     with _as_environment(_resolve_variables(composed, variables)):
         composed.data = resolve(composed.data, composed.sources)
+
+
+def _may_be_secret(text: str) -> bool:
+    """Whether a variable's value, as it is written, will hold what this process's environment keeps to itself."""
+    parts = _NAMED.findall(text)
+    if _IS_PASSED_ON.fullmatch(text) and any(name in os.environ for name in parts):  # otherwise it is a default's text
+        return True
+    return any(map(is_secret, parts))
 
 
 def _job_variables(composed: Composed) -> dict[str, Any]:

@@ -75,6 +75,10 @@ def test_the_jobs_own_variables_are_what_a_configuration_sees(tmp_path, monkeypa
         ("${oc.env:ANY,''}", True),
         ("${oc.env:ANY,/home/${oc.env:USER}/x}", True),
         ("/scratch/${oc.env:USER}/out", False),
+        ("${oc.env:NOT_SET,/lustre/hf}", False),
+        ("${oc.env:NOT_SET,${oc.env:ANY}}", True),
+        ("postgres://ada:${oc.env:DB_PASSWORD}@host", True),
+        ("https://x:${run.env.env_vars.MY_TOKEN}@host", True),
         ("${a}", False),
         ("plain", False),
     ],
@@ -82,5 +86,8 @@ def test_the_jobs_own_variables_are_what_a_configuration_sees(tmp_path, monkeypa
 def test_a_variable_that_is_handed_on_from_the_environment_may_be_a_secret(tmp_path, monkeypatch, value, hidden):
     monkeypatch.setenv("ANY", "thing")
     monkeypatch.setenv("USER", "ada")
-    step = fake_step(tmp_path, default=f'a: 1\nrun:\n  env:\n    env_vars:\n      NAME: "{value}"\n')
+    monkeypatch.setenv("DB_PASSWORD", "hush")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    variables = f'      NAME: "{value}"\n      MY_TOKEN: hush\n'
+    step = fake_step(tmp_path, default=f"a: 1\nrun:\n  env:\n    env_vars:\n{variables}")
     assert ("NAME" in compose(step, "default").from_environment) is hidden
