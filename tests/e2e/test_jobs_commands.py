@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from support.steps import steps
 
-from steps.dispatch import complete, processes
+from steps.dispatch import complete
+from steps.dispatch.jobs import processes
 
 CHAT = ["run", "data_prep/demo_chat", "-c", "tiny", "max_conversations=3"]
 STEPS = [sys.executable, "-m", "steps"]

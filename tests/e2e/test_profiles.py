@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.steps import steps
 
-from steps.dispatch import env_files
+from steps.dispatch.profiles import env_files
 
 BARE = dict.fromkeys(("STEPS_ENV_FILE", "NEMOTRON_ENV_FILE", "SLURM_HOST", "HF_TOKEN", "WANDB_API_KEY"), "")
 

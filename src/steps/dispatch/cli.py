@@ -72,7 +72,8 @@ def main() -> NoReturn:
 
 def add_groups() -> None:
     """Add `jobs` and `profiles`. Apart, since typer builds every option of every command it knows at each start."""
-    from steps.dispatch import jobs_cli, profiles_cli
+    from steps.dispatch.jobs import cli as jobs_cli
+    from steps.dispatch.profiles import cli as profiles_cli
 
     app.add_typer(jobs_cli.app, name="jobs")
     app.add_typer(profiles_cli.app, name="profiles")

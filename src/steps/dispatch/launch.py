@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from steps.dispatch import executors, job, order, sheet
+from steps.dispatch import executors, job, sheet
 from steps.dispatch.job import JobSpec
+from steps.dispatch.jobs import order
 from steps.dispatch.plan import Place, Planned, chain, prepare, refuse
 from steps.errors import StepsError, UsageError
 from steps.manifest import Manifest

@@ -12,10 +12,11 @@ from steps.artifacts import graph
 from steps.artifacts.opening import NAMED_TYPES
 from steps.config.base import RunEnv, StepConfig
 from steps.config.validate import check_section, validate
-from steps.dispatch import catalog, executors, order, places, profiles
+from steps.dispatch import catalog, executors, places, profiles
 from steps.dispatch.compose import Composed, compose, leaves
 from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
+from steps.dispatch.jobs import order
 from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, StepsError, UsageError, suggest
 from steps.manifest import Manifest, Port
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from pydantic import Field
 
 from steps.config.base import RunEnv
-from steps.dispatch.attend import attend
 from steps.dispatch.executors.local import script
 from steps.dispatch.job import CANCELLED, FAILED, LOST, PENDING, RUNNING, SUBMITTING, SUCCEEDED, Status, utc_now
+from steps.dispatch.jobs.attend import attend
 from steps.errors import ExecutorError
 
 _JOB = """

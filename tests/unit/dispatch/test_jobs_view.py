@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steps.dispatch import jobs_view
 from steps.dispatch.job import JobRecord, Status
+from steps.dispatch.jobs import view as jobs_view
 
 PIECES = st.lists(st.binary(max_size=6).map(lambda data: data.replace(b"\1", b"\n")), max_size=8)
 

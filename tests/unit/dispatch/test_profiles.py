@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.steps import fake_step
 
-from steps.dispatch import env_files, profiles
+from steps.dispatch import profiles
 from steps.dispatch.compose import compose, leaves
+from steps.dispatch.profiles import env_files
 from steps.errors import ExecutorError
 
 

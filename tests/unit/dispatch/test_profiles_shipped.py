@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from steps.dispatch import catalog, env_files, profiles
+from steps.dispatch import catalog, profiles
 from steps.dispatch.plan import Place, prepare
+from steps.dispatch.profiles import env_files
 
 SHIPPED = profiles.names(env_files.tables(os.devnull))
 STARTERS = sorted((env_files.SHIPPED / "starters").glob("*.toml"))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from steps.dispatch import catalog, env_files, profiles
+from steps.dispatch import catalog, profiles
 from steps.dispatch.plan import Place, prepare
+from steps.dispatch.profiles import env_files
 from steps.errors import ExecutorError
 
 # The field names, types and interpolations of the files that its env/env_toml step generates and its manual shows.

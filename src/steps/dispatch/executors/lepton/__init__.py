@@ -54,7 +54,7 @@ class Lepton:
         return submit(spec)
 
     def attach(self, spec: JobSpec) -> int:
-        from steps.dispatch.attend import attend
+        from steps.dispatch.jobs.attend import attend
 
         return attend(self, spec)
 

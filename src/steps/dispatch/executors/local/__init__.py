@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from steps.config.base import RunEnv, StepConfig
-from steps.dispatch import processes
 from steps.dispatch.executors.local import supervisor
 from steps.dispatch.executors.local.supervisor import SCRIPT
 from steps.dispatch.job import (
@@ -27,6 +26,7 @@ from steps.dispatch.job import (
     step_arguments,
     utc_now,
 )
+from steps.dispatch.jobs import processes
 from steps.errors import ExecutorError, Problem
 
 _POLL_SECONDS = 0.2

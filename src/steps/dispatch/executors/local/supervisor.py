@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steps.dispatch import jobs, processes
+from steps.dispatch import jobs
 from steps.dispatch.job import CANCELLED, FAILED, PENDING, RUNNING, SUCCEEDED, Status, utc_now
-from steps.dispatch.stops import Stops
-from steps.dispatch.watch import Watch
+from steps.dispatch.jobs import processes
+from steps.dispatch.jobs.stops import Stops
+from steps.dispatch.jobs.watch import Watch
 
 SCRIPT = "command.sh"
 STOPPED = "stopped by the user"

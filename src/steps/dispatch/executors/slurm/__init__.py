@@ -43,7 +43,7 @@ class Slurm:
         return submit.submit(spec, self.look)
 
     def attach(self, spec: JobSpec) -> int:
-        from steps.dispatch.attend import attend
+        from steps.dispatch.jobs.attend import attend
 
         return attend(self, spec)
 

@@ -8,10 +8,10 @@ import time
 
 from steps.dispatch import jobs
 from steps.dispatch.executors.base import Executor
-from steps.dispatch.following import Following
 from steps.dispatch.job import CANCELLED, LOST, SUCCEEDED, JobRecord, JobSpec, Status, utc_now
-from steps.dispatch.screen import Screen
-from steps.dispatch.stops import Stops
+from steps.dispatch.jobs.following import Following
+from steps.dispatch.jobs.screen import Screen
+from steps.dispatch.jobs.stops import Stops
 from steps.errors import ExecutorError
 
 _INTERRUPTED = 130

@@ -31,7 +31,8 @@ _FROM_SHELL = re.compile(r"\$\{oc\.env:\w+(,(''|\"\"|null))?\}")
 @app.command("list")
 def list_profiles(env_file: EnvFile = None, json: Json = False) -> None:
     """List the profiles: your own, then the shipped ones."""
-    from steps.dispatch import env_files, profiles, render
+    from steps.dispatch import profiles, render
+    from steps.dispatch.profiles import env_files
 
     tables = env_files.tables(env_file)
     rows = [_row(name, tables) for name in profiles.names(tables)]
@@ -152,7 +153,7 @@ def init(
     ),
 ) -> None:
     """Write an env.toml to start from, every value explained. Never overwrites."""
-    from steps.dispatch import env_files
+    from steps.dispatch.profiles import env_files
 
     starters = {file.stem: file for file in sorted((env_files.SHIPPED / "starters").glob("*.toml"))}
     if kind not in starters:
@@ -178,7 +179,7 @@ def init(
 
 def _is_found(path: Path) -> bool:
     """Whether the file is read without being named."""
-    from steps.dispatch import env_files
+    from steps.dispatch.profiles import env_files
 
     try:
         found = env_files.own_file()

@@ -13,7 +13,7 @@ from typing import Any
 from steps.dispatch import jobs
 from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import PENDING, RUNNING, JobRecord, Status, read_status
-from steps.dispatch.screen import Screen
+from steps.dispatch.jobs.screen import Screen
 from steps.errors import StepsError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0

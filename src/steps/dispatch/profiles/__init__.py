@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steps.dispatch import env_files
 from steps.dispatch.compose import Composed, leaves
-from steps.dispatch.env_files import Table, Tables
+from steps.dispatch.profiles import env_files
+from steps.dispatch.profiles.env_files import Table, Tables
 from steps.errors import ExecutorError, Problem, suggest
 
 LOCAL = "local"

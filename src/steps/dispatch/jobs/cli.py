@@ -40,8 +40,9 @@ def list_jobs(
     """List the jobs that were started from here or above, the newest last."""
     import sys
 
-    from steps.dispatch import jobs, jobs_view
+    from steps.dispatch import jobs
     from steps.dispatch.job import STATES
+    from steps.dispatch.jobs import view as jobs_view
     from steps.errors import UsageError, suggest
 
     if state is not None and state not in STATES:
@@ -66,7 +67,8 @@ def list_jobs(
 @app.command()
 def status(job: JobName, json: Json = False) -> None:
     """Show everything about one job. Exit code 5 when its cluster could not tell how it is now."""
-    from steps.dispatch import jobs, jobs_view
+    from steps.dispatch import jobs
+    from steps.dispatch.jobs import view as jobs_view
     from steps.errors import ExecutorError
 
     (record,) = jobs.refresh([jobs.find(job)])
@@ -88,9 +90,10 @@ def logs(
     ] = None,
 ) -> None:
     """Print a job's log."""
-    from steps.dispatch import executors, jobs, jobs_view
-    from steps.dispatch.following import Following
-    from steps.dispatch.screen import Screen
+    from steps.dispatch import executors, jobs
+    from steps.dispatch.jobs import view as jobs_view
+    from steps.dispatch.jobs.following import Following
+    from steps.dispatch.jobs.screen import Screen
     from steps.errors import UsageError
 
     record, screen = jobs.find(job), Screen()
@@ -149,8 +152,8 @@ def cancel(
 
 
 def _tell(record: "JobRecord", otherwise: str) -> None:
-    from steps.dispatch import jobs_view
     from steps.dispatch.job import CANCELLED
+    from steps.dispatch.jobs import view as jobs_view
 
     if record.status.state == CANCELLED and otherwise == "ended":
         print(f"job {record.id} is cancelled", flush=True)
@@ -182,7 +185,7 @@ def rerun(
     import sys
 
     from steps.dispatch import jobs, launch
-    from steps.dispatch import rerun as again
+    from steps.dispatch.jobs import rerun as again
     from steps.errors import UsageError
 
     if attached and batch:
