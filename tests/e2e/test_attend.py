@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support.executors import cluster
 
-from steps.dispatch.jobs import processes
+from steps.dispatch import processes
 
 STEPS = [sys.executable, cluster.__file__]
 CHAT = ["run", "data_prep/demo_chat", "-c", "tiny", "max_conversations=3", "-r", "cluster"]

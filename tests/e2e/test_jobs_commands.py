@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from support.steps import steps
 
-from steps.dispatch import complete
-from steps.dispatch.jobs import processes
+from steps.dispatch import complete, processes
 
 CHAT = ["run", "data_prep/demo_chat", "-c", "tiny", "max_conversations=3"]
 STEPS = [sys.executable, "-m", "steps"]

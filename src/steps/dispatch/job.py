@@ -15,7 +15,7 @@ from typing import Any
 from steps.artifacts.record import write_text
 from steps.config import yaml12
 from steps.config.base import RunEnv
-from steps.dispatch.jobs import processes
+from steps.dispatch import processes
 from steps.errors import StepsError, UsageError
 from steps.manifest import Manifest
 

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from steps.dispatch import executors
+from steps.dispatch import executors, processes
 from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import JOBS, LOST, PENDING, SUBMITTING, JobRecord, Status, read_record, read_status, utc_now
-from steps.dispatch.jobs import processes
 from steps.errors import StepsError, UsageError, suggest
 
 _ID = re.compile(r"\d{8}-\d{6}-.+-[0-9a-f]{6}")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from steps.config.base import RunEnv, StepConfig
+from steps.dispatch import processes
 from steps.dispatch.executors.local import supervisor
 from steps.dispatch.executors.local.supervisor import SCRIPT
 from steps.dispatch.job import (
@@ -26,7 +27,6 @@ from steps.dispatch.job import (
     step_arguments,
     utc_now,
 )
-from steps.dispatch.jobs import processes
 from steps.errors import ExecutorError, Problem
 
 _POLL_SECONDS = 0.2

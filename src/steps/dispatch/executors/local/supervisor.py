@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steps.dispatch import jobs
+from steps.dispatch import jobs, processes
 from steps.dispatch.job import CANCELLED, FAILED, PENDING, RUNNING, SUCCEEDED, Status, utc_now
-from steps.dispatch.jobs import processes
 from steps.dispatch.jobs.stops import Stops
 from steps.dispatch.jobs.watch import Watch
 
