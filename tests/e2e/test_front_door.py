@@ -175,7 +175,7 @@ def test_upstream_says_when_no_step_makes_it_there(tmp_path):
         "run", "convert/merge_lora", "-c", "tiny", "--upstream", "-d", "lora_checkpoint=elsewhere/lora", cwd=tmp_path
     )
     assert done.returncode == 4
-    assert "no step makes a checkpoint_lora at elsewhere/lora" in done.stderr
+    assert "wants a checkpoint_lora at elsewhere/lora, and no step makes one there" in done.stderr
     assert "peft/megatron_bridge -c tiny writes output/tiny/lora" in done.stderr
 
 

@@ -63,7 +63,9 @@ class RunEnv(Section):
     """
 
     executor: str = Field("local", description="Who runs the job: local, slurm or lepton")
-    container_image: str | None = Field(None, description="Container image the job runs in")
+    container_image: str | None = Field(
+        None, description="Container image the job runs in (default: the step's own; '' for none)"
+    )
     nodes: int | None = Field(None, ge=1, description="Number of nodes")
     gpus_per_node: int | None = Field(None, ge=0, description="GPUs on each node")
     nprocs_per_node: int | None = Field(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from steps.dispatch import executors, job, sheet
 from steps.dispatch.job import JobSpec
 from steps.dispatch.jobs import order
+from steps.dispatch.jobs.stops import Stops
 from steps.dispatch.plan import Place, Planned, chain, prepare, refuse
 from steps.errors import StepsError, UsageError
 from steps.manifest import Manifest
@@ -69,15 +70,15 @@ def run(step: Manifest, request: Request) -> None:
     if request.dry_run:
         return
     gc.enable()  # from here on this process may watch a job for days
+    if request.batch:
+        _submit_all(planned)
+        return
     for number, entry in enumerate(planned):
         if len(planned) > 1:
             print(f"[{number + 1}/{len(planned)}] {entry.step.id} -c {entry.config_name}", flush=True)
-        if request.batch:
-            submit(entry.spec)
-            continue
         if entry.waits_for:  # what was missing is there now: look at it before the job does
             entry = prepare(
-                entry.step, entry.config_name, request.overrides if entry.step.id == step.id else (),
+                entry.step, entry.config_name, entry.overrides,
                 place=entry.place, passthrough=entry.spec.passthrough, debug=request.debug,
             )  # fmt: skip
             try:
@@ -87,12 +88,28 @@ def run(step: Manifest, request: Request) -> None:
         attach(entry)
 
 
+def _submit_all(planned: Sequence[Planned]) -> None:
+    """Start one job, or a chain whose jobs wait for each other, and say how to follow them."""
+    if len(planned) == 1:
+        submit(planned[0].spec)
+        return
+    for number, entry in enumerate(planned, start=1):
+        status = _start(entry.spec)
+        print(sheet.link(number, len(planned), entry, status), flush=True)
+    print("  steps jobs list\n  steps jobs logs -f latest", flush=True)
+
+
 def submit(spec: JobSpec) -> None:
     """Start a job, say how to follow it, and return."""
+    status = _start(spec)
+    print("\n".join(sheet.submitted(spec, status)), flush=True)
+
+
+def _start(spec: JobSpec) -> job.Status:
     executor = executors.get(spec.executor)
     job.create(spec, executor.render(spec))
-    status = executor.submit(spec)
-    print("\n".join(sheet.submitted(spec, status)), flush=True)
+    with Stops():  # told to stop, a submission is taken back as after Ctrl-C, not torn
+        return executor.submit(spec)
 
 
 def attach(entry: Planned) -> None:

@@ -104,6 +104,14 @@ def submitted(spec: JobSpec, status: Status) -> Iterator[str]:
     yield f"  steps jobs cancel {name}"
 
 
+def link(number: int, total: int, entry: Planned, status: Status) -> str:
+    """One job of a chain that was just submitted."""
+    name = entry.spec.id.rpartition("-")[2]
+    waits = [before.rpartition("-")[2] for before in entry.spec.after]
+    after = f", waits for {', '.join(waits)}" if waits else ""
+    return f"[{number}/{total}] {name}  {entry.step.id} -c {entry.config_name}: {status.state}{after}"
+
+
 def results(entry: Planned, summary: dict[str, Any], directory: Path, seconds: float) -> Iterator[str]:
     """The last lines of a job that went well."""
     yield bold(f"{entry.step.id} done in {seconds:.1f} s") + f"  (job {directory})"
