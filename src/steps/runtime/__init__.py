@@ -199,13 +199,21 @@ def _tell(error: BaseException, manifest: Manifest | None, debug: bool) -> int:
     return error.exit_code
 
 
+def _told_in() -> Path:
+    """The job's directory, which all its processes see, or else where temporary files go."""
+    config = next(
+        (Path(value) for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name == "--config"), None
+    )
+    return config.parent if config and (config.parent / "job.yaml").exists() else Path(tempfile.gettempdir())
+
+
 def _first_to_tell() -> bool:
     """Whether this process tells the failure: of several that fail for the same reason, the first one does."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     if run is None:
         return True
     try:
-        (Path(tempfile.gettempdir()) / f"steps-{run}-{os.environ.get('MASTER_PORT')}.told").touch(exist_ok=False)
+        (_told_in() / f".told-{run}-{os.environ.get('MASTER_PORT')}").touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
