@@ -322,22 +322,35 @@ def test_a_cluster_out_of_reach_does_not_hide_the_others(site):
     other = submit(site, "run.env.room=other", "output_dir=out")
     here = site("run", "data_prep/demo_chat", "-c", "tiny", "-b", "local", "output_dir=here").stdout.split()[1]
     wait_for(lambda: (site.cwd / "other" / other / "exit_code").exists())
-    # the same executor, another profile
-    path = site.cwd / ".steps/jobs" / other / "job.yaml"
-    path.write_text(path.read_text().replace("profile: cluster", "profile: other"))
     site("jobs", "list")
     (site.room / "down").touch()
     jobs = {job["id"]: job for job in json.loads(site("jobs", "list", "--json").stdout)}
     assert jobs[waiting]["state"] == "pending"
-    assert jobs[waiting]["note"] == "not reachable: connection refused; last known"
+    assert jobs[waiting]["note"] == "not reachable: connection refused"
     assert jobs[other]["state"] == "succeeded"
     wait_for(lambda: site.status(here)["state"] == "succeeded")
     done = site("jobs", "status", waiting)
     assert done.returncode == 5
-    assert "pending: Priority (not reachable: connection refused; last known)" in done.stdout
+    told = r"pending: Priority, as of \d\d:\d\d:\d\d \(not reachable: connection refused\)"
+    assert re.search(told, done.stdout)
+    assert (done.stdout + done.stderr).count("not reachable") == 1
+    assert f"Next\n  steps jobs status {waiting[-6:]}\n" in done.stdout  # nothing else would work now
     assert site("jobs", "cancel", waiting).returncode == 5
     (site.room / "down").unlink()
     assert site("jobs", "cancel", waiting).stdout == f"job {waiting} is cancelled\n"
+
+
+def test_a_cluster_out_of_reach_is_asked_once_for_all_profiles(site):
+    (site.room / "hold").write_text("Priority")
+    names = [submit(site), submit(site, "output_dir=out")]
+    path = site.cwd / ".steps/jobs" / names[1] / "job.yaml"
+    path.write_text(path.read_text().replace("profile: cluster", "profile: other"))
+    (site.room / "down").touch()
+    (site.cwd / "asked").unlink(missing_ok=True)
+    assert site("jobs", "list").stdout.count("not reachable: connection refused") == 2
+    assert (site.cwd / "asked").read_text().splitlines() == [" ".join(names)]
+    (site.room / "down").unlink()
+    assert site("jobs", "cancel", *names).returncode == 0
 
 
 def test_what_could_not_be_fetched_is_fetched_later(site):

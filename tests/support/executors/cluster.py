@@ -83,6 +83,9 @@ class Cluster:
         status.write(spec.directory)
         return status
 
+    def place(self, job):
+        return str(Path(job.status.handle["place"]).parent)
+
     def look(self, jobs):
         with contextlib.suppress(KeyError), Path(os.environ["ASKED"]).open("a") as asked:
             asked.write(" ".join(job.id for job in jobs) + "\n")

@@ -45,6 +45,10 @@ class Executor(Protocol):
     def attach(self, spec: JobSpec) -> int:
         """Start the job, show its output until its end, and return its own exit code (130 when Ctrl-C ended it)."""
 
+    def place(self, job: JobRecord) -> str:
+        """The cluster that a job is on, by any name: the jobs of one place are asked about together, and a place that
+        does not answer hides no other. Asks nobody."""
+
     def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
         """What has become of each, asking the cluster only once where it can. Writes nothing. Raises ExecutorError when
         the cluster cannot be reached."""

@@ -21,6 +21,11 @@ _ID = re.compile(r"\d{8}-\d{6}-.+-[0-9a-f]{6}")
 _SUBMISSION_SECONDS = 60.0
 #: In a job's directory from its end until what it left on the cluster has been fetched.
 _UNFETCHED = ".unfetched"
+#: What the note of a job begins with whose cluster did not answer.
+UNREACHABLE = "not reachable: "
+#: What the reason of a job begins with that never came as far as its executor.
+_NEVER_SUBMITTED = ("not submitted", "stopped by the user before it was submitted", "its submission ")
+_CANDIDATES = 5
 
 
 def home(start: Path | None = None) -> Path:
@@ -29,20 +34,38 @@ def home(start: Path | None = None) -> Path:
     return next((folder / JOBS for folder in (here, *here.parents) if (folder / JOBS).is_dir()), here / JOBS)
 
 
-def find(name: str) -> JobRecord:
-    """The job of that id, of a part of it that fits only one, or in that directory. `latest` is the newest."""
+def find(name: str, *, submitted: bool = False) -> JobRecord:
+    """The job of that id, of a part of it that fits only one, or in that directory. `latest` is the newest.
+
+    submitted: `latest` is the newest that reached its executor, where one did.
+    """
     if name and _is_job(Path(name)):
         return read(Path(name).absolute())
     known = ids()
     if name == "latest" and known:
-        return read(home() / known[-1])
-    fitting = [entry for entry in known if name and name in entry]
-    if name in known or len(fitting) == 1:
-        return read(home() / (name if name in known else fitting[0]))
-    if fitting:
-        raise UsageError(f"{name!r} could be any of {', '.join(fitting)}", hint="Write more of the id.")
+        newest_first = (read(home() / identity) for identity in reversed(known))
+        wanted = (record for record in newest_first if not submitted or reached(record))
+        return next(wanted, None) or read(home() / known[-1])
+    # The end of an id is what the list shows; the same digits may stand in the time of another.
+    for fitting in (
+        [entry for entry in known if entry == name],
+        [entry for entry in known if name and entry.endswith(f"-{name}")],
+        [entry for entry in known if name and name in entry],
+    ):
+        if len(fitting) == 1:
+            return read(home() / fitting[0])
+        if fitting:
+            more = f" and {len(fitting) - _CANDIDATES} more" if len(fitting) > _CANDIDATES else ""
+            shown = ", ".join(fitting[-_CANDIDATES:])
+            raise UsageError(f"{name!r} could be any of {shown}{more}", hint="Write more of the id.")
     hint = suggest(name, known) or (f"The newest is {known[-1]}." if known else f"There are none in {home()}.")
     raise UsageError(f"there is no job {name!r}", hint=hint)
+
+
+def reached(record: JobRecord) -> bool:
+    """Whether a job came as far as its executor, or may have."""
+    status = record.status
+    return bool(record.executor) and not (status.ended and status.reason.startswith(_NEVER_SUBMITTED))
 
 
 def by_id(identity: str, near: Path) -> JobRecord:
@@ -105,12 +128,15 @@ def _age(directory: Path) -> float:
 def refresh(records: Sequence[JobRecord]) -> list[JobRecord]:
     """The same jobs as they are now, written down where that is news.
 
-    Each executor is asked once. What cannot be told keeps its last known state, with a note.
+    Each cluster is asked once. What cannot be told keeps its last known state, with a note.
     """
     fresh = {record.id: record for record in records}
-    open_jobs = [record for record in records if record.executor and _is_open(record)]
-    for name in dict.fromkeys(record.executor for record in open_jobs):
-        for record in _look(name, [record for record in open_jobs if record.executor == name]):
+    groups: dict[tuple[str, str], list[JobRecord]] = {}
+    for record in records:
+        if record.executor and _is_open(record):
+            groups.setdefault((record.executor, _place(record)), []).append(record)
+    for (name, _), group in groups.items():
+        for record in _look(name, group):
             fresh[record.id] = record
     return [fresh[record.id] for record in records]
 
@@ -119,19 +145,21 @@ def _is_open(record: JobRecord) -> bool:
     return not record.status.ended or (record.directory / _UNFETCHED).exists()
 
 
+def _place(record: JobRecord) -> str:
+    try:
+        return executors.get(record.executor).place(record)
+    except (StepsError, ValueError, OSError):  # whoever looks there says what is wrong with it
+        return f"? {record.asked.get('profile')}"
+
+
 def _look(name: str, group: Sequence[JobRecord]) -> Iterator[JobRecord]:
-    """One question for all; where that fails and they are on different clusters, one for each profile."""
+    """One question for all of them, who are in one place."""
     try:
         executor = executors.get(name)
         told = executor.look(group)
     except (StepsError, ValueError, OSError) as error:
-        profiles = dict.fromkeys(str(record.asked.get("profile")) for record in group)
-        if len(profiles) > 1:
-            for profile in profiles:
-                yield from _look(name, [record for record in group if str(record.asked.get("profile")) == profile])
-        else:
-            problem = error.problems[0].what if isinstance(error, StepsError) else str(error)
-            yield from (_noted(record, f"not reachable: {problem}; last known") for record in group)
+        problem = error.problems[0].what if isinstance(error, StepsError) else str(error)
+        yield from (_noted(record, UNREACHABLE + problem) for record in group)
         return
     for record, status in zip(group, told, strict=True):
         try:
@@ -164,6 +192,9 @@ def settle(record: JobRecord, status: Status, executor: Executor) -> JobRecord:
                 status.ended_at = status.ended_at or ("" if status.state == LOST else utc_now())
                 (record.directory / _UNFETCHED).touch()
             status.write(record.directory)
+        else:
+            with contextlib.suppress(OSError):  # how old the last known state is, when the cluster is out of reach
+                os.utime(record.directory / "status.json")
     result = JobRecord(record.directory, record.asked, status)
     if status.ended and (record.directory / _UNFETCHED).exists():
         executor.fetch(result)

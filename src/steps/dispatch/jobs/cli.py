@@ -37,17 +37,22 @@ def list_jobs(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List the jobs that were started from here or above, the newest last."""
+    """List jobs, the newest last.
+
+    Those that were started here or in a directory above.
+    """
     import sys
 
     from steps.dispatch import jobs
     from steps.dispatch.job import STATES
     from steps.dispatch.jobs import view as jobs_view
+    from steps.dispatch.jobs.listing import listing
     from steps.errors import UsageError, suggest
 
     if state is not None and state not in STATES:
         raise UsageError(f"there is no state {state!r}", hint=suggest(state, STATES) or f"States: {', '.join(STATES)}")
-    records = jobs.refresh([jobs.read(jobs.home() / name) for name in jobs.ids()])
+    known = jobs.ids()
+    records = jobs.refresh([jobs.read(jobs.home() / name) for name in known])
     fitting = [record for record in records if state in (None, record.status.state)]
     shown = [
         record
@@ -57,7 +62,7 @@ def list_jobs(
     if json:
         _print_json([jobs_view.data(record) for record in shown])
     elif shown:
-        print("\n".join(jobs_view.listing(shown)))
+        print("\n".join(listing(shown, known)))
     else:
         print(f"no jobs in {jobs.home()}" + (f" are {state}" if state else ""), file=sys.stderr)
     if len(shown) < len(fitting) and not json:
@@ -66,7 +71,10 @@ def list_jobs(
 
 @app.command()
 def status(job: JobName, json: Json = False) -> None:
-    """Show everything about one job. Exit code 5 when its cluster could not tell how it is now."""
+    """Show everything about one job.
+
+    Exit code 5 when its cluster could not tell how it is now.
+    """
     from steps.dispatch import jobs
     from steps.dispatch.jobs import view as jobs_view
     from steps.errors import ExecutorError
@@ -77,8 +85,8 @@ def status(job: JobName, json: Json = False) -> None:
         _print_json(known)
     else:
         print("\n".join(jobs_view.page(record, known)))
-    if record.note:
-        raise ExecutorError(f"job {record.id}: {record.note}")
+    if record.note:  # which was shown
+        raise SystemExit(ExecutorError.exit_code)
 
 
 @app.command()
@@ -94,17 +102,26 @@ def logs(
     from steps.dispatch.jobs import view as jobs_view
     from steps.dispatch.jobs.following import Following
     from steps.dispatch.jobs.screen import Screen
-    from steps.errors import UsageError
+    from steps.errors import ExecutorError, Interrupted
 
-    record, screen = jobs.find(job), Screen()
+    record, screen = jobs.find(job, submitted=True), Screen()
+    name = record.id.rpartition("-")[2]
     if not record.executor:
-        raise UsageError(f"job {record.id} has no log: {record.status.reason}")
+        raise ExecutorError(f"job {record.id} has no log: {record.status.reason}")
+    if not jobs.reached(record):
+        reason = record.status.reason.removeprefix("not submitted: ")
+        hint = f"Start it again: steps jobs rerun {name}"
+        raise ExecutorError(f"job {name} has no log: it was not submitted ({reason})", hint=hint)
     executor = executors.get(record.executor)
     if follow:
         known = executor.logs(record, follow=False)
         skip = 0 if lines is None else jobs_view.before_last_lines(known, lines)
         with Following(executor, record, screen, skip) as following:
-            record = following.until_end()
+            try:
+                record = following.until_end()
+            except KeyboardInterrupt:
+                screen.say(f"job {name} goes on (steps jobs cancel {name} ends it)")
+                raise SystemExit(Interrupted.exit_code) from None
         screen.say(f"job {record.id} {jobs_view.told(record)}")
         return
     pieces = executor.logs(record, follow=False)
@@ -121,11 +138,14 @@ def cancel(
         typer.Argument(metavar="JOB...", help="Jobs, as `status` takes one.", autocompletion=complete.job_ids),
     ],
 ) -> None:
-    """Cancel jobs, and wait until they are gone. A job that has ended is left alone."""
+    """Cancel jobs, and wait until they are gone.
+
+    A job that has ended is left alone.
+    """
     from steps.dispatch import executors, jobs
     from steps.errors import ExecutorError, Problem
 
-    records = jobs.refresh(list({(record := jobs.find(name)).id: record for name in names}.values()))
+    records = jobs.refresh(list({(record := jobs.find(name, submitted=True)).id: record for name in names}.values()))
     asked: list[JobRecord] = []
     problems: list[Problem] = []
     for record in records:
@@ -180,7 +200,10 @@ def rerun(
     attached: Annotated[bool, typer.Option("--run", "-r", help="Stay until its end.")] = False,
     batch: Annotated[bool, typer.Option("--batch", "-b", help="Submit it and return at once.")] = False,
 ) -> None:
-    """Run a job's resolved configuration again, as a new job; attached or not as it was, unless told otherwise."""
+    """Run a job again, as a new job.
+
+    It gets the same resolved configuration, and is attached or not as it was, unless told otherwise.
+    """
     import gc
     import sys
 

@@ -17,7 +17,7 @@ def waited_for(names: Iterable[str]) -> tuple[str, ...]:
 
     Raises UsageError for names that fit no job, and for jobs that ended otherwise: nothing would come after them.
     """
-    records = jobs.refresh([jobs.find(name) for name in names])
+    records = jobs.refresh([jobs.find(name, submitted=True) for name in names])
     for record in records:
         if jobs.by_id(record.id, JOBS / record.id).directory.resolve() != record.directory.resolve():
             hint = "A job can wait for jobs that were submitted here or above; run this where that one was submitted."

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from datetime import datetime, timezone
 from typing import Any
 
 from steps.dispatch import executors
-from steps.dispatch.job import FAILED, LOST, PENDING, RUNNING, SUCCEEDED, JobRecord, Status
-from steps.dispatch.render import bold, section, table
+from steps.dispatch.job import CANCELLED, FAILED, LOST, PENDING, RUNNING, SUCCEEDED, JobRecord, Status
+from steps.dispatch.jobs import UNREACHABLE, by_id, reached, short
+from steps.dispatch.render import bold, section
 from steps.errors import StepsError
 
 TAIL_LINES = 20
-
-
-def listing(records: Sequence[JobRecord]) -> Iterator[str]:
-    """A row for each job."""
-    rows = [
-        (record.id, record.step or "?", where(record), _local_time(_submitted(record)), took(record), told(record))
-        for record in records
-    ]
-    yield from table(("JOB", "STEP", "WHERE", "SUBMITTED", "TOOK", "STATE"), rows)
+_UNDONE = (FAILED, CANCELLED, LOST)
+_ERROR, _AS_OF = "error: ", "as of "
+#: How much of the end of a log is searched for the error that ended the job.
+_CAUSE_BYTES = 1 << 16
 
 
 def where(record: JobRecord) -> str:
@@ -40,10 +36,47 @@ def number(status: Status) -> str:
 
 def told(record: JobRecord) -> str:
     """The state, and why; what is uncertain about it."""
-    status = record.status
-    says_more = status.reason and status.reason.lower() != status.state  # Slurm's word for cancelled is CANCELLED
-    text = f"{status.state}: {status.reason}" if says_more else status.state
-    return f"{text} ({record.note})" if record.note else text
+    why = reason(record)
+    if not why:
+        return record.status.state
+    between = ", " if why.startswith(_AS_OF) else " " if why.startswith("(") else ": "
+    return f"{record.status.state}{between}{why}"
+
+
+def reason(record: JobRecord) -> str:
+    """Why a job waits or ended as it did, with the cause that its log names; what is uncertain about it."""
+    status, note = record.status, record.note
+    words = "" if status.reason.lower() == status.state else status.reason  # Slurm's word for cancelled is CANCELLED
+    if words == "DependencyNeverSatisfied" and (culprit := _culprit(record)):
+        words = f"{words}: {culprit}"
+    if status.state == FAILED and words == f"exit code {status.exit_code}" and (said := cause(record)):
+        words = f"{words}: {said}"
+    if note.startswith(UNREACHABLE):
+        note, since = f"({note})", as_of(record)
+        return f"{words}, {since} {note}" if words and since else " ".join(filter(None, (words, since, note)))
+    return " ".join(filter(None, (words, f"({note})" if note else "")))
+
+
+def as_of(record: JobRecord) -> str:
+    """When the last known state was seen; '' where that is not known."""
+    try:
+        seen = (record.directory / "status.json").stat().st_mtime
+    except OSError:
+        return ""
+    time = datetime.fromtimestamp(seen).astimezone()
+    today = time.date() == datetime.now().astimezone().date()
+    return _AS_OF + time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
+
+
+def cause(record: JobRecord) -> str:
+    """The last error that the log of a job names, where the log is here; ''."""
+    try:
+        with (record.directory / "log").open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - _CAUSE_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line[len(_ERROR) :].strip() for line in reversed(lines) if line.startswith(_ERROR)), "")
 
 
 def took(record: JobRecord) -> str:
@@ -72,6 +105,11 @@ def _parsed(text: str) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
+def submitted(record: JobRecord) -> datetime | None:
+    """When it was submitted, as far as that was written down."""
+    return _parsed(_submitted(record))
+
+
 def _local_time(text: str) -> str:
     time = _parsed(text)
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else text or "?"
@@ -95,7 +133,7 @@ def data(record: JobRecord) -> dict[str, Any]:
 
 def details(record: JobRecord) -> dict[str, Any]:
     """The same with all that its directory and its log tell."""
-    failed = record.status.state in (FAILED, LOST) and record.executor
+    failed = record.status.state in (FAILED, LOST) and reached(record)
     return {
         **data(record),
         "progress": None if record.status.state == SUCCEEDED else _file(record, "progress.json"),
@@ -117,12 +155,12 @@ def page(record: JobRecord, known: dict[str, Any]) -> Iterator[str]:
         "started": _local_time(status.started_at) if status.started_at else "",
         "ended": _local_time(status.ended_at) if status.ended_at else "",
         "took": took(record) if took(record) != "-" else "",
-        "after": ", ".join(known["after"]),
-        "handle": ", ".join(f"{key} {value}" for key, value in status.handle.items()),
+        "after": ", ".join(_ahead(record)),
         "directory": known["directory"],
+        "on cluster": str(status.handle.get("directory") or "") if record.executor != "local" else "",
         "progress": _progress(known["progress"]),
     }
-    yield from (f"  {name:<9}  {value}" for name, value in facts.items() if value)
+    yield from (f"  {name:<10}  {value}" for name, value in facts.items() if value)
     if known["summary"]:
         yield from section("Result")
         yield from (f"  {name.replace('_', ' ')}: {value}" for name, value in known["summary"].items())
@@ -133,11 +171,28 @@ def page(record: JobRecord, known: dict[str, Any]) -> Iterator[str]:
     yield from (f"  {command}" for command in known["next"])
 
 
+def _culprit(record: JobRecord) -> str:
+    """The job for which this one waited in vain; ''."""
+    others = [by_id(name, record.directory) for name in record.asked.get("after") or ()]
+    return next((f"{short(one.id)} is {one.status.state}" for one in others if one.status.state in _UNDONE), "")
+
+
+def _ahead(record: JobRecord) -> Iterator[str]:
+    """The jobs that it waits for; what became of them, where that is why it will not run."""
+    for name in record.asked.get("after") or ():
+        state = by_id(name, record.directory).status.state if record.status.state in _UNDONE else ""
+        yield f"{name} ({state})" if state else name
+
+
 def next_commands(record: JobRecord) -> Iterator[str]:
     """What one would type now."""
     name = record.id.rpartition("-")[2]
     if not record.executor:
         yield f"rm -r {record.directory}"
+    elif not reached(record):
+        yield f"steps jobs rerun {name}"
+    elif record.note.startswith(UNREACHABLE):
+        yield f"steps jobs status {name}"
     elif record.status.state in (PENDING, RUNNING):
         yield f"steps jobs logs -f {name}"
         yield f"steps jobs cancel {name}"

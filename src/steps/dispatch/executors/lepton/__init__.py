@@ -58,6 +58,9 @@ class Lepton:
 
         return attend(self, spec)
 
+    def place(self, job: JobRecord) -> str:
+        return "the workspace"  # the one that this shell is logged in to
+
     def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
         workspace = Workspace()
         found = workspace.jobs(_name(job) for job in jobs)

@@ -52,6 +52,12 @@ class Slurm:
 
         return probe.probe(env)
 
+    def place(self, job: JobRecord) -> str:
+        from steps.dispatch.executors.slurm.shell import Shell
+
+        shell = Shell.of(SlurmEnv.model_validate(job.run_env))
+        return "here" if shell.here else f"{shell}:{shell.port} {shell.identity}"
+
     def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
         from steps.dispatch.executors.slurm import state
 
