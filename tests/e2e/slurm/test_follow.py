@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from support.slurm_jobs import number, there
@@ -11,7 +12,7 @@ from support.slurm_jobs import number, there
 from steps.dispatch.executors.slurm import follow
 from steps.dispatch.executors.slurm.follow import cancel, fetch, logs
 from steps.dispatch.executors.slurm.state import look
-from steps.dispatch.job import SUBMITTING
+from steps.dispatch.job import LOST, SUBMITTING
 from steps.errors import ExecutorError
 
 #: Each line tells when it was written.
@@ -190,6 +191,29 @@ def test_fetching(place):
             assert (job.directory / name).read_bytes() == (there(job) / name).read_bytes()
         assert sorted(path.name for path in job.directory.iterdir()) == ["log", "metrics.jsonl", "summary.json"]
         assert not secret.exists()
+
+
+def test_a_lost_job_keeps_its_secrets_unless_it_ran(login):
+    """Nobody knows of it; that is no proof that it will not start."""
+    job = login.record()
+    secret = there(job).parent.parent / "secrets" / job.id
+    for directory in (there(job), secret.parent):
+        directory.mkdir(parents=True)
+    secret.write_text("export A=b\n")
+    job.status = replace(job.status, state=LOST)
+    fetch(job)
+    assert secret.exists()
+    job.status.started_at = "2026-01-01T00:00:00+00:00"
+    fetch(job)
+    assert not secret.exists()
+
+
+def test_a_job_without_secrets_is_fetched_without_a_shell(login, monkeypatch):
+    job = login.submit("echo output")
+    read(job)
+    monkeypatch.setattr("subprocess.Popen", None)
+    fetch(replace(job, asked={**job.asked, "environment": {"A": "b"}}))
+    assert (job.directory / "log").read_text() == "output\n"
 
 
 def test_fetching_where_the_directory_is_the_same(login, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from support.slurm import Cluster
 from support.slurm_jobs import Place, login_to, number, there
 
+from steps.dispatch.executors.slurm.follow import cancel
 from steps.dispatch.executors.slurm.state import look
 from steps.dispatch.job import JobRecord, Status
 from steps.errors import ExecutorError
@@ -128,6 +129,27 @@ def test_times_are_utc_wherever_the_login_node_is(login, monkeypatch):
     age = datetime.now(timezone.utc) - datetime.fromisoformat(look([job])[0].started_at)
     assert 0 <= age.total_seconds() < 30
     login.cluster.run("scancel", str(number(job)), check=True)
+
+
+def test_a_login_node_of_another_cluster(login, tmp_path, monkeypatch):
+    """A home that two clusters share: the other one's ignorance is no end of the job, and costs it no secrets."""
+    job = login.submit("true", "--hold")
+    job.status.handle |= {"cluster": "private", "image_job_id": "7"}
+    ended = login.submit("exit 3")
+    wait(ended, "failed")
+    ended.status.handle["cluster"] = "private"
+    assert look([job])[0].handle == job.status.handle
+    with Cluster({"ClusterName": "other"}) as other, monkeypatch.context() as there_now:
+        login_to(other, tmp_path, there_now)
+        for ask in (look, lambda jobs: cancel(jobs[0])):
+            with pytest.raises(
+                ExecutorError, match=f"belongs to the Slurm cluster other; {job.id} is on private"
+            ) as told:
+                ask([job])
+            assert told.value.problems[0].hint == "Ask on a login node of private."
+        assert look([ended])[0].exit_code == 3, "what its own files tell needs no cluster"
+    cancel(job)
+    assert wait(job, "cancelled").handle["cluster"] == "private"
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import TypeVar
 from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.executors.slurm.state import Found, environment, find, look
-from steps.dispatch.job import LOST, SUBMITTING, JobRecord
+from steps.dispatch.job import LOST, MASK, SUBMITTING, JobRecord
 from steps.errors import ExecutorError
 
 T = TypeVar("T")
@@ -92,7 +92,10 @@ def logs(job: JobRecord, *, follow: bool) -> Iterator[bytes]:
 
 
 def fetch(job: JobRecord) -> None:
-    """Bring the log and the runtime's files of an ended job here, each whole or not at all, and remove its secrets."""
+    """Bring the log and the runtime's files of an ended job here, each whole or not at all, and remove its secrets.
+
+    Those of a job that is lost and was never seen running stay: should somebody else know of it, it needs them yet.
+    """
     shell, found = Shell.of(environment(job)), find(job)
     if not (shell.here and _same(found.directory, job.directory)):
         for name in FETCHED:
@@ -107,7 +110,8 @@ def fetch(job: JobRecord) -> None:
                     beside.replace(job.directory / name)
             finally:
                 beside.unlink(missing_ok=True)
-    shell.ask(f"rm -f -- {shlex.quote(found.secrets)}")
+    if job.status.state != LOST or job.status.started_at:
+        _remove_secrets(job, shell, found)
 
 
 def cancel(job: JobRecord) -> None:
@@ -132,7 +136,13 @@ def cancel(job: JobRecord) -> None:
         deadline = time.monotonic() + _CANCEL_SECONDS
         while not look([job])[0].ended and time.monotonic() < deadline:
             time.sleep(_IDLE)
-    shell.ask(f"rm -f -- {shlex.quote(found.secrets)}")
+    _remove_secrets(job, shell, found)
+
+
+def _remove_secrets(job: JobRecord, shell: Shell, found: Found) -> None:
+    """Asks nothing where there were none: a shell for each of many jobs takes its time."""
+    if MASK in job.asked.get("environment", {None: MASK}).values():
+        shell.ask(f"rm -f -- {shlex.quote(found.secrets)}")
 
 
 class _Questions:

@@ -18,6 +18,9 @@ SCRIPT, NODE_SCRIPT, SQUASH_SCRIPT = "sbatch.sh", "run.sh", "squash.sh"
 #: Written by the batch script, in this order.
 JOB_ID, STARTED, ENDED, EXIT_CODE = "slurm_job_id", "started_at", "ended_at", "exit_code"
 
+#: A shell command that prints what Slurm calls the cluster; nothing when its controller does not answer.
+CLUSTER_NAME = "scontrol show config 2>/dev/null | sed -n 's/^ClusterName *= *//p'"
+
 
 def root(env: SlurmEnv, base: Path) -> str:
     """Where everything of ours lies on the cluster. base: where the command was given."""

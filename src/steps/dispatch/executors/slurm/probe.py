@@ -17,7 +17,7 @@ from pathlib import Path
 from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
-from steps.errors import ExecutorError, Problem, suggest
+from steps.errors import ExecutorError, Note, Problem, suggest
 
 _PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 _SINFO_FORMAT = "%P|%a|%l|%D|%s|%G"
@@ -87,7 +87,7 @@ def _missing(env: SlurmEnv, shell: Shell, facts: Mapping[str, Sequence[str]]) ->
     if image and not facts.get("pyxis") and not absent:
         what = "srun knows no --container-image (pyxis is not installed): jobs will run in the host environment"
         hint = "Ask for pyxis, or set python to one that has what the step needs, and drop the image."
-        yield Problem("run.env.container_image", what, hint=hint)
+        yield Note("run.env.container_image", what, hint=hint)
     for words in () if image and facts.get("pyxis") else facts.get("python", []):
         hint = "Set python to one that has them (a virtual environment's bin/python), or container_image."
         yield Problem("run.env.python", f"{_python(env)} on {shell}: {words}", hint=hint)

@@ -47,15 +47,16 @@ class Stage:
             'command -v sbatch || echo\nprintf "%s\\n" "$SLURM_CONF"\n'
             "srun --help 2>&1 | grep -c -e --container-image || true\n"
             f"test -e {shlex.quote(layout.squash_file(self.spec) or '/')} && echo there || echo missing\n"
+            f'printf "%s\\n" "$({layout.CLUSTER_NAME})"\n'
         )
         if result.returncode:
             raise refused(f"the job's directory cannot be made on {self.shell}", result.stderr)
-        sbatch, conf, pyxis, image = result.text.splitlines()
+        sbatch, conf, pyxis, image, name = result.text.splitlines()
         if not sbatch:
             self.remove()
             hint = "Use tunnel: ssh with the host of a login node, or run this on one."
             raise ExecutorError(f"there is no sbatch on {self.shell}", hint=hint)
-        return Cluster(sbatch, conf, pyxis != "0", image == "there")
+        return Cluster(sbatch, conf, pyxis != "0", image == "there", name)
 
     def send(self, copy: Copy) -> None:
         """The job's files and our code. Through ssh in one rsync."""
@@ -101,12 +102,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the login node has. conf: SLURM_CONF there; has_image: the container image is imported already."""
+    """What the login node has. conf: SLURM_CONF there; has_image: the container image is imported already; name: what
+    Slurm calls the cluster, '' where it does not say.
+    """
 
     program: str
     conf: str
     pyxis: bool
     has_image: bool
+    name: str = ""
 
     def sbatch(self, spec: JobSpec) -> list[str]:
         """The beginning of the command line, quoted: sbatch as a login shell finds it.

@@ -27,13 +27,17 @@ _TIMEOUT = 120.0
 
 @dataclass(frozen=True)
 class Found:
-    """A job as the cluster knows it: its name in the queue (unique), its directory there, its number if it has one."""
+    """A job as the cluster knows it: its name in the queue (unique), its directory there, its number if it has one.
+
+    cluster: Slurm's name of the cluster that it was submitted to, where that was written down.
+    """
 
     id: str
     name: str
     directory: str
     slurm_job_id: str
     submitted_on: str
+    cluster: str = ""
 
     @property
     def secrets(self) -> str:
@@ -54,11 +58,13 @@ def find(job: JobRecord) -> Found:
     return Found(
         job.id, layout.job_name(env, job.id), str(handle.get("directory") or usual),
         str(handle.get("slurm_job_id") or ""), str(job.asked.get("submitted_at", ""))[:10],
+        str(handle.get("cluster") or ""),
     )  # fmt: skip
 
 
 def look(jobs: Sequence[JobRecord]) -> list[Status]:
-    """What has become of each, in their order. Raises ExecutorError when a cluster that must be asked does not answer.
+    """What has become of each, in their order. Raises ExecutorError when a cluster that must be asked does not answer,
+    or is another than the job's: several login nodes may share a home, and each knows its own jobs only.
 
     A job that nobody knows is `lost`, unless its record says already how it ended.
     """
@@ -68,6 +74,8 @@ def look(jobs: Sequence[JobRecord]) -> list[Status]:
     seen: dict[str, Status] = {}
     for shell, group in clusters.items():
         seen.update(_ask(shell, group))
+    for job in jobs:
+        seen[job.id].handle = {**job.status.handle, **seen[job.id].handle}
     return [job.status if seen[job.id].state == LOST and job.status.ended else seen[job.id] for job in jobs]
 
 
@@ -81,6 +89,8 @@ def _ask(shell: Shell, jobs: Sequence[Found]) -> dict[str, Status]:
         own, row = files.get(number, Files()), rows[job.id]
         number_there = (row.id if row else "") or job.slurm_job_id or own.slurm_job_id
         known[job.id] = (replace(job, slurm_job_id=number_there), own)
+    for cluster in sections.get("cluster", []):
+        _at_home(cluster, shell, [job for job, own in known.values() if own.exit_code is None])
 
     gone = [job for job, own in known.values() if own.exit_code != 0 and _left(own, rows[job.id])]
     if gone:
@@ -112,6 +122,14 @@ def _ask(shell: Shell, jobs: Sequence[Found]) -> dict[str, Status]:
     return result
 
 
+def _at_home(cluster: str, shell: Shell, jobs: Iterable[Found]) -> None:
+    """Raises ExecutorError for a job without an end of its own that another cluster than this one would know of."""
+    if far := [job for job in jobs if job.cluster and job.cluster != cluster]:
+        more = f" and {len(far) - 1} more" if far[1:] else ""
+        what = f"{shell} belongs to the Slurm cluster {cluster}; {far[0].id}{more} is on {far[0].cluster}"
+        raise ExecutorError(what, hint=f"Ask on a login node of {far[0].cluster}.")
+
+
 def _left(own: Files, row: Row | None) -> bool:
     """Whether a job is no longer in the queue, or about to leave it with a bad exit code."""
     return row is None or row.ended or own.exit_code is not None
@@ -128,6 +146,7 @@ def _first_question(jobs: Sequence[Found]) -> str:
     directories = " ".join(shlex.quote(job.directory) for job in jobs)
     # All of the user's jobs: asked for one that it has forgotten, squeue answers with an error and nothing else.
     squeue = f'squeue --noheader --states=all --user="$(id -u)" --format={shlex.quote(answers.SQUEUE_FORMAT)}'
+    cluster = f"echo '== cluster'; {layout.CLUSTER_NAME}" if any(job.cluster for job in jobs) else ":"
     return f"""\
 export TZ=UTC0
 open=
@@ -139,6 +158,7 @@ done
 if [ "$open" ]; then
     if queue=$({squeue} 2>&1); then
         printf '== squeue\\n%s\\n' "$queue"
+        {cluster}
     else
         printf '== complaint\\n%s\\n' "$queue"
     fi

@@ -43,7 +43,7 @@ def submit(spec: JobSpec, look: Look) -> Status:
     """
     status = Status(PENDING, reason=SUBMITTING, handle={"directory": layout.directory(spec)})
     status.write(spec.directory)
-    submission = _Submission(Stage(spec, Shell.of(_environment(spec)), layout.directory(spec)))
+    submission = _Submission(Stage(spec, Shell.of(_environment(spec)), layout.directory(spec)), status)
     try:
         status.handle |= submission.run(dependency(spec, look))
     except KeyboardInterrupt:
@@ -107,6 +107,7 @@ def dependency(spec: JobSpec, look: Look) -> str:
 @dataclass(frozen=True)
 class _Submission:
     stage: Stage
+    status: Status
 
     def run(self, dependency: str) -> dict[str, Any]:
         """Everything, in order; the rest of the job's handle. What was put on the cluster is removed on failure."""
@@ -114,6 +115,9 @@ class _Submission:
             what = "NeMo-Run, which submits to Slurm, is not installed"
             raise ExecutorError(what, hint="pip install 'peft-steps[cluster]'")
         cluster = self.stage.prepare()
+        if cluster.name:  # before sbatch: whoever looks for the job must know where
+            self.status.handle["cluster"] = cluster.name
+            self.status.write(self.stage.spec.directory)
         try:
             with _nemo_run() as nemo:
                 tunnel = nemo.tunnel(_environment(self.stage.spec), self.stage.directory)
