@@ -112,6 +112,7 @@ def test_why_it_waits_is_told_when_that_changes(site):
     (site.room / "hold").write_text("Priority")
     child = site.start(*CHAT)
     lines = iter(child.stderr.readline, b"")
+    assert re.fullmatch(rb"job [0-9a-f]{6} submitted \(Cluster c\d+\)\. Ctrl-C cancels it\.\n", next(lines))
     assert re.fullmatch(rb"job \S+ is pending: Priority\n", next(lines))
     (site.room / "hold").write_text("Resources")
     assert re.fullmatch(rb"job \S+ is pending: Resources\n", next(lines))
@@ -139,6 +140,7 @@ def test_without_a_terminal_ctrl_c_cancels(site, number):
 def test_ctrl_c_while_it_waits_cancels_too(site):
     (site.room / "hold").write_text("Priority")
     child = site.start(*CHAT)
+    assert b"submitted" in child.stderr.readline()
     assert b"Priority" in child.stderr.readline()
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=30)
@@ -149,10 +151,12 @@ def test_ctrl_c_while_it_waits_cancels_too(site):
 class Terminal:
     """`steps` on a terminal of its own, where keys can be pressed."""
 
-    def __init__(self, site: Site, *arguments: str) -> None:
+    def __init__(self, site: Site, *arguments: str, stdout: str = "") -> None:
         pid, self.screen = pty.fork()
         if pid == 0:
             os.chdir(site.cwd)
+            if stdout:
+                os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
             signals_as_in_a_terminal()
             os.execve(sys.executable, [*STEPS, *arguments], site.env)
         self.pid, self.seen = pid, b""
@@ -215,6 +219,31 @@ def test_on_a_terminal_no_leaves_the_job_to_itself(site):
     assert site.status(name)["state"] == "succeeded"
 
 
+def test_ctrl_c_asks_too_where_the_output_goes_to_a_file(site):
+    terminal = Terminal(site, *CHAT, before("echo begun", "sleep 60"), stdout="saved.txt")
+    terminal.until("Ctrl-C asks whether to cancel it.")
+    name, pid = site.running()
+    wait_for(lambda: "begun" in (site.cwd / "saved.txt").read_text())
+    terminal.press(b"\x03")
+    terminal.until(f"cancel job {name}? [Y/n]")
+    assert processes.session_lives(pid, "")
+    terminal.press(b"y\n")
+    assert terminal.end() == 130
+    assert site.status(name)["state"] == "cancelled"
+    assert "submitted" not in (site.cwd / "saved.txt").read_text()
+
+
+def test_whoever_leaves_a_log_is_told_that_the_job_goes_on(site):
+    name = submit(site, before("echo begun", "sleep 60"))
+    child = site.start("jobs", "logs", "-f", name)
+    assert child.stdout.readline() == b"begun\n"
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert f"job {name[-6:]} goes on (steps jobs cancel {name[-6:]} ends it)\n" == told.decode()
+    assert site("jobs", "cancel", name).returncode == 0
+
+
 def test_a_terminal_that_is_closed_cancels_the_job(site):
     terminal = Terminal(site, *CHAT, before("echo begun", "sleep 60"))
     terminal.until("begun")
@@ -228,6 +257,7 @@ def test_a_terminal_that_is_closed_cancels_the_job(site):
 def test_a_broken_connection_is_told_once_and_survived(site):
     child = site.start(*CHAT, before("for i in 1 2 3 4 5 6; do echo line $i; sleep 0.8; done"))
     assert child.stdout.readline() == b"line 1\n"
+    assert b"submitted" in child.stderr.readline()
     (site.room / "down").touch()
     assert b"no connection to job" in child.stderr.readline()
     time.sleep(2)

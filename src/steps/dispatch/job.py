@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -145,9 +146,17 @@ def new_spec(
 
 
 def create(spec: JobSpec, files: Mapping[str, str]) -> None:
-    """Make the job's directory, exclusively, with job.yaml, config.yaml and the executor's files."""
+    """Make the job's directory, exclusively, with job.yaml, config.yaml and the executor's files; whole or not at all."""
     spec.directory.parent.mkdir(parents=True, exist_ok=True)
     spec.directory.mkdir()
+    try:
+        _fill(spec, files)
+    except BaseException:
+        shutil.rmtree(spec.directory, ignore_errors=True)
+        raise
+
+
+def _fill(spec: JobSpec, files: Mapping[str, str]) -> None:
     me = os.getpid()
     asked = {
         "id": spec.id, "step": spec.step, "config": spec.config_name, "profile": spec.profile,

@@ -120,3 +120,11 @@ def test_an_empty_secret_does_not_replace_the_one_of_the_shell(tmp_path):
     given = spec(tmp_path, env_vars={"HF_TOKEN": "", "EMPTY": ""})
     assert given.secret_env == {}
     assert given.env == {"EMPTY": ""}
+
+
+def test_a_directory_that_cannot_be_filled_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = spec(tmp_path)
+    with pytest.raises(OSError, match=r"File name too long|No such file"):
+        create(given, {"x" * 300: "does not fit"})
+    assert list(given.directory.parent.iterdir()) == []

@@ -39,7 +39,10 @@ def attend(executor: Executor, spec: JobSpec) -> int:
             cancelling = _shall_be_cancelled(spec.id, stops)
             if not cancelling:
                 return _leave(spec, screen)
-        with Following(executor, jobs.read(spec.directory), screen) as following:
+        record = jobs.read(spec.directory)
+        if not cancelling:
+            screen.say(_submitted(record))
+        with Following(executor, record, screen) as following:
             if not cancelling:
                 try:
                     return exit_code(following.until_end().status)
@@ -66,9 +69,22 @@ def exit_code(status: Status) -> int:
     return status.exit_code if status.exit_code and 0 < status.exit_code < 256 else 1
 
 
+def _submitted(record: JobRecord) -> str:
+    from steps.dispatch.jobs.view import number
+
+    there = f" ({record.executor.capitalize()} {number(record.status)})" if number(record.status) else ""
+    does = "asks whether to cancel it" if _somebody_is_there() else "cancels it"
+    return f"job {record.id.rpartition('-')[2]} submitted{there}. Ctrl-C {does}."
+
+
+def _somebody_is_there() -> bool:
+    # Standard output may well go to a file.
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def _shall_be_cancelled(identity: str, stops: Stops) -> bool:
     """Ask whoever pressed Ctrl-C. Nobody there, no answer or another Ctrl-C: yes."""
-    if stops.number != signal.SIGINT or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if stops.number != signal.SIGINT or not _somebody_is_there():
         return True
     try:
         print(f"\ncancel job {identity}? [Y/n] ", end="", file=sys.stderr, flush=True)
