@@ -73,6 +73,26 @@ def test_a_job_that_lepton_does_not_know(site: Site):
     assert (status.state, status.reason) == ("lost", "Lepton does not know it any more")
 
 
+def test_another_workspace(site: Site, monkeypatch):
+    """It knows nothing of the job, which is not the job's end."""
+    job, go = waiting(site, say("one"))
+    del site.lepton.requests[:]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("LEPTON_WORKSPACE_ID", "other")
+        for call in (
+            lambda: EXECUTOR.look([job]),
+            lambda: EXECUTOR.cancel(job),
+            lambda: EXECUTOR.fetch(job),
+            lambda: list(EXECUTOR.logs(job, follow=False)),
+        ):
+            with pytest.raises(ExecutorError, match=f"this is the Lepton workspace other; {job.id} is in ") as told:
+                call()
+            assert "lep login -c " in told.value.problems[0].hint
+        assert not site.lepton.requests
+    go.touch()
+    assert site.ended(job).status.state == "succeeded"
+
+
 def test_many_jobs_are_asked_for_at_once(site: Site):
     found = [site.submit(f"raise SystemExit({number})") for number in range(5)]
     until(lambda: all(site.remote(job).completed for job in found))

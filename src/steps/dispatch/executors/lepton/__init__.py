@@ -63,6 +63,8 @@ class Lepton:
 
     def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
         workspace = Workspace()
+        for job in jobs:
+            workspace.must_hold(job)
         found = workspace.jobs(_name(job) for job in jobs)
         return [_status(workspace, job, found.get(_name(job))) for job in jobs]
 
@@ -73,12 +75,12 @@ class Lepton:
                 yield from iter(lambda: file.read(1 << 16), b"")
             return
         expected = job.status.reason == SUBMITTING
-        yield from Log(Workspace(), _name(job), job.id).pieces(follow=follow, expected=expected)
+        yield from Log(Workspace.of(job), _name(job), job.id).pieces(follow=follow, expected=expected)
 
     def cancel(self, job: JobRecord) -> None:
         if job.status.ended:
             return
-        workspace, name = Workspace(), _name(job)
+        workspace, name = Workspace.of(job), _name(job)
         _remove_mover(workspace, job)
         try:
             if state.word(workspace.job(name)) not in state.ENDED:
@@ -88,7 +90,7 @@ class Lepton:
         workspace.delete_secrets(_secrets(job))
 
     def fetch(self, job: JobRecord) -> None:
-        workspace = Workspace()
+        workspace = Workspace.of(job)
         log = Log(workspace, _name(job), job.id)
         beside = job.directory / ".log.tmp"
         with beside.open("wb") as file:

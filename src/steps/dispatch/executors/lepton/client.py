@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from steps.dispatch.job import JobRecord
 from steps.errors import ExecutorError, suggest
 
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 20.0
@@ -42,8 +43,28 @@ class Workspace:
             raise Unreachable(f"Lepton cannot be reached: {_words(error)}", hint="Check the network.") from error
         self.api._timeout = (_CONNECT_SECONDS, _ANSWER_SECONDS)
 
+    @property
+    def id(self) -> str:
+        """The workspace's own name."""
+        return str(self.api.workspace_id)
+
+    @classmethod
+    def of(cls, job: JobRecord) -> Workspace:
+        """The workspace, which must be the job's."""
+        workspace = cls()
+        workspace.must_hold(job)
+        return workspace
+
+    def must_hold(self, job: JobRecord) -> None:
+        """Raises ExecutorError for a job that was submitted to another workspace: that this one does not know it is not
+        the job's end."""
+        home = str(job.status.handle.get("workspace") or self.id)
+        if home != self.id:
+            hint = f"lep login -c {home}:TOKEN, or set LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN to its own."
+            raise ExecutorError(f"this is the {self}; {job.id} is in {home}", hint=hint)
+
     def __str__(self) -> str:
-        return f"Lepton workspace {self.api.workspace_id}"
+        return f"Lepton workspace {self.id}"
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:

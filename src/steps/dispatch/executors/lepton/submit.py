@@ -40,6 +40,8 @@ def submit(spec: JobSpec) -> Status:
     made = False  # anything in the workspace
     try:
         workspace = Workspace()
+        handle["workspace"] = status.handle["workspace"] = workspace.id
+        status.write(spec.directory)
         workspace.node_group(script.environment(spec).node_group or "")  # before seconds go into importing NeMo-Run
         with _executor_class() as executor_class:
             executor = executor_class(spec, workspace)
