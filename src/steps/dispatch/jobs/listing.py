@@ -12,8 +12,12 @@ from steps.dispatch.jobs.view import reason, submitted, took
 from steps.dispatch.render import bold, width
 
 _GAP = "  "
+#: How many columns, from the left, are never cut.
+_FIXED = 5
 #: What a profile's name keeps where the reason beside it needs the room.
 _LEAST_PROFILE = 10
+#: How much of a reason is worth more than the category of a step.
+_READABLE = 40
 
 
 def listing(records: Sequence[JobRecord], known: Iterable[str] = ()) -> Iterator[str]:
@@ -22,15 +26,27 @@ def listing(records: Sequence[JobRecord], known: Iterable[str] = ()) -> Iterator
     now = datetime.now().astimezone()
     header = ("JOB", f"WHEN ({now.tzname()})", "TOOK", "STATE", "STEP", "PROFILE", "REASON")
     rows = [header, *(_row(record, names, now) for record in records)]
-    sizes = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    room = width() - sum(sizes[:5]) - 5 * len(_GAP)
-    profile = sizes[5] if sizes[5] + len(_GAP) + sizes[6] <= room else min(sizes[5], max(_LEAST_PROFILE, room // 3))
+    explained = [row for row in rows if row[6]]  # the others have room for any name of a profile
+    profile, why = (max(len(row[column]) for row in explained) for column in (5, 6))
+    room = max(profile + len(_GAP) + min(why, _READABLE), *(len(row[5]) for row in rows))
+    if _left(rows) + room > width():  # a step's last name tells as much
+        rows = [(*row[:4], row[4].rpartition("/")[2], *row[5:]) for row in rows]
+        profile = min(profile, max(_LEAST_PROFILE, (width() - _left(rows)) // 3))
+    sizes = _sizes(rows)
     for number, row in enumerate(rows):
-        left = _GAP.join(cell.ljust(size) for cell, size in zip(row[:5], sizes, strict=False))
-        # Without a reason to show there is room for the whole name of the profile.
+        left = _GAP.join(cell.ljust(size) for cell, size in zip(row[:_FIXED], sizes, strict=False))
         right = f"{_cut(row[5], profile).ljust(profile)}{_GAP}{row[6]}" if row[6] else row[5]
         line = _cut(f"{left}{_GAP}{right}".rstrip(), width())
         yield bold(line) if number == 0 else line
+
+
+def _sizes(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[column]) for row in rows) for column in range(_FIXED)]
+
+
+def _left(rows: Sequence[Sequence[str]]) -> int:
+    """Columns in front of the profile's."""
+    return sum(_sizes(rows)) + _FIXED * len(_GAP)
 
 
 def short_names(identities: Iterable[str]) -> dict[str, str]:

@@ -157,7 +157,7 @@ def page(record: JobRecord, known: dict[str, Any]) -> Iterator[str]:
         "took": took(record) if took(record) != "-" else "",
         "after": ", ".join(_ahead(record)),
         "directory": known["directory"],
-        "on cluster": str(status.handle.get("directory") or "") if record.executor != "local" else "",
+        "on cluster": str(status.handle.get("directory") or "") if reached(record) else "",
         "progress": _progress(known["progress"]),
     }
     yield from (f"  {name:<10}  {value}" for name, value in facts.items() if value)
