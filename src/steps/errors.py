@@ -53,6 +53,11 @@ class Problem:
         return {key: value for key, value in vars(self).items() if value}
 
 
+@dataclass(frozen=True)
+class Note(Problem):
+    """Something worth knowing that by itself refuses nothing."""
+
+
 class StepsError(Exception):
     """A failure with a message for the user. `problems` holds one or more things that are wrong."""
 

@@ -56,7 +56,11 @@ def test_the_front_door_is_light(arguments, tmp_path):
         (["run", "peft/megatron_bridge", "-c", "tiny", "-d", "peft.dmi=8"], 3, "Did you mean peft.dim?"),
         (["run", "peft/megatron_bridge", "-c", "tiny", "-d", "train=5"], 3, "train: 5 is not a section with keys"),
         (["run", "peft/megatron_bridge", "-c", "tiny", "-d", "peft.type=lorra"], 3, "Did you mean lora?"),
-        (["run", "peft/megatron_bridge", "-c", "tiny", "-d", "optimizer.lr=${oc.env:NOT_SET}"], 3, "does not resolve"),
+        (
+            ["run", "peft/megatron_bridge", "-c", "tiny", "-d", "optimizer.lr=${oc.env:NOT_SET}"],
+            3,
+            "NOT_SET is not set",
+        ),
         (["run", "peft/megatron_bridge", "-c", "tiny", "-d"], 4, "missing_packed_parquet"),
         (["run", "peft/megatron_bridge", "-c", "tiny"], 4, "missing_checkpoint_megatron"),
         (["run", "demo_chat", "-c", "tiny", "-d", "--", "--x"], 2, "takes no arguments behind --"),

@@ -73,6 +73,8 @@ env_vars = {HF_TOKEN = "${oc.env:HF_TOKEN}", API_KEY = "written-in-the-file", KE
         (("show", "local", "--env-file", "no.toml"), 5, "error: --env-file names no.toml, which is not there"),
         (("show", "local", "--env-file", "n" * 300), 5, "which cannot be reached: File name too long"),
         (("list", "--env-file", "broken.toml"), 5, "error: broken.toml:1:"),
+        (("check",), 2, "wants the name of a profile. There are: "),
+        (("show",), 2, "wants the name of a profile. There are: "),
         (("init", "slrum"), 2, "error: there is no starter for 'slrum'. Did you mean slurm?"),
         (("init", "slurm", "broken.toml"), 2, "error: broken.toml is there already, and stays as it is"),
         (("init", "slurm", "no/where.toml"), 1, "error: no/where.toml cannot be written: No such file or directory"),
@@ -142,7 +144,7 @@ nodes = 2
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr.splitlines() == [
         f"error: run.env.{key}: the variable {name} is not set (from env.toml [{table}]). "
-        f"export {name}=…, or write a default into the file: ${{oc.env:{name},…}}"
+        f"export {name}=…, or give it a default where it is written: ${{oc.env:{name},…}}"
         for key, name, table in [
             ("env_vars.A", "SOME_VARIABLE", "fine"),
             ("gpus_per_node", "OTHER_VARIABLE", "wrong"),

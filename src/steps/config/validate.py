@@ -9,7 +9,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from steps.config.base import RunEnv, Section, StepConfig
+from steps.config.secrets import is_secret, is_secret_key
 from steps.errors import ConfigError, Problem, suggest
+
+#: The mapping of a job's environment variables.
+VARIABLES = "env_vars"
 
 C = TypeVar("C", bound=StepConfig)
 S = TypeVar("S", bound=Section)
@@ -78,7 +82,8 @@ def _too_large(data: Any, sources: Mapping[str, str], prefix: str = "") -> Itera
     for name, value in data.items() if isinstance(data, Mapping) else ():
         key = f"{prefix}{name}"
         if isinstance(value, int) and abs(value) >= 2**63:
-            yield Problem(where=key, what=f"{value} is too large", source=source_of(key, sources), allowed="64 bits")
+            what = f"{_show(value, key)} is too large"
+            yield Problem(where=key, what=what, source=source_of(key, sources), allowed="64 bits")
         yield from _too_large(value, sources, f"{key}.")
 
 
@@ -162,21 +167,34 @@ def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix:
     if kind == "missing":
         return Problem(where=key, what="is required", hint=f"Add {key}=… to the command line or the YAML.")
     if kind in ("literal_error", "enum"):
-        what = f"{_show(value)} is not one of the choices"
+        what = f"{_show(value, key)} is not one of the choices"
         allowed = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
         hint = suggest(str(value), allowed.split(", "))
     elif kind in _EXPECTED:
-        what = f"{_show(value)} is not {_EXPECTED[kind]}"
+        what = f"{_show(value, key)} is not {_EXPECTED[kind]}"
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[kind]
-        what, allowed = f"{_show(value)} is out of range", f"{sign} {next(iter(context.values()))}"
+        what, allowed = f"{_show(value, key)} is out of range", f"{sign} {next(iter(context.values()))}"
     elif kind == "value_error":
         what = str(context.get("error", entry["msg"]))
     else:
-        what = f"{_show(value)}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+        what = f"{_show(value, key)}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
     return Problem(where=key, what=what, source=source_of(key, sources), allowed=allowed, hint=hint)
 
 
-def _show(value: Any) -> str:
+def _show(value: Any, key: str) -> str:
+    """The value under a dotted key, for a message; what may be a secret is told by its kind."""
+    if _is_hidden(value, key):
+        return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, Mapping) else "its value"
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_hidden(value: Any, key: str) -> bool:
+    """Whether a secret stands under the key, or below it."""
+    parts = key.split(".")
+    secret = is_secret if VARIABLES in parts else is_secret_key  # a configuration's `key` is an everyday word
+    if any(map(secret, parts)) or (parts[-1] == VARIABLES and isinstance(value, str | list)):
+        return True
+    items: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    return any(_is_hidden(item, f"{key}.{name}") for name, item in items)

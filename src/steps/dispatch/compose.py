@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from steps.config import yaml12
+from steps.config.secrets import is_secret
+from steps.config.validate import source_of
 from steps.dispatch import catalog, dotlist
-from steps.dispatch.job import is_secret
-from steps.errors import ConfigError, Problem
+from steps.errors import ConfigError, ExecutorError, Problem
 from steps.manifest import Manifest
 
 DEFAULTS = "defaults"
@@ -26,11 +27,13 @@ class Composed:
 
     sources:          dotted key of each value -> "tiny.yaml:7" or "command line".
     from_environment: names in run.env.env_vars whose value was handed on from this process's environment.
+    exposed:          dotted key outside of them -> the secret variable that stands in its value.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     from_environment: frozenset[str] = frozenset()
+    exposed: Mapping[str, str] = field(default_factory=dict)
 
 
 def compose(
@@ -40,15 +43,36 @@ def compose(
 
     config:      what `-c` names.
     environment: what a profile lays under `run.env`.
-    Raises ConfigError (or UsageError for a malformed override) with everything that is wrong.
+    Raises ConfigError (or UsageError for a malformed override) with everything that is wrong, ExecutorError with every
+    value of `run.env` that is still to be filled in.
     """
     parsed = dotlist.parse(overrides)
     composed = _read(catalog.config_path(step, config), step, ())
     if environment:
         _merge(composed, environment.data, lambda key: environment.sources.get(key, ""))
     dotlist.apply(composed.data, composed.sources, parsed)
+    if blanks := list(unfilled(composed)):
+        raise ExecutorError(blanks)
     settle(composed)
     return composed
+
+
+#: A value that somebody still has to fill in, as the starters of `steps profiles init` write them.
+_TO_FILL_IN = re.compile(r"<[^<>]+>")
+
+
+def is_unfilled(value: Any) -> bool:
+    """Whether a value of `run.env` is a placeholder."""
+    return isinstance(value, str) and _TO_FILL_IN.fullmatch(value) is not None
+
+
+def unfilled(composed: Composed) -> Iterator[Problem]:
+    """Placeholders left in `run.env`. A variable of the job may hold anything, "<s>" too."""
+    run = composed.data.get("run")
+    for path, value in leaves(run.get("env") if isinstance(run, dict) else None):
+        if is_unfilled(value) and path[:1] != ("env_vars",):
+            key = _dotted(("run", "env", *path))
+            yield Problem(key, f"{value} is still to be filled in", source=source_of(key, composed.sources))
 
 
 # A variable that is handed on as it is (`${oc.env:NAME}`, with or without a default) may hold anything; one that is put
@@ -62,6 +86,7 @@ def settle(composed: Composed) -> None:
     not resolve."""
     variables = _job_variables(composed)
     composed.from_environment = frozenset(name for name, text in variables.items() if _may_be_secret(str(text)))
+    composed.exposed = dict(_exposed(composed.data, variables))
     with _as_environment(_resolve_variables(composed, variables)):
         composed.data = resolve(composed.data, composed.sources)
 
@@ -72,6 +97,29 @@ def _may_be_secret(text: str) -> bool:
     if _IS_PASSED_ON.fullmatch(text) and any(name in os.environ for name in parts):  # otherwise it is a default's text
         return True
     return any(map(is_secret, parts))
+
+
+#: Keys of run.env that hold no secret, whatever the variable is called: the job's variables, which are passed on in
+#: memory, names of secrets, the path of a key.
+_HARMLESS = {("run", "env", name) for name in ("env_vars", "secret_vars", "identity")}
+
+
+def _exposed(data: Any, variables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys whose value, as it is written, takes a secret variable, and the variable; unset ones expose nothing."""
+    for path, text in leaves(data):
+        if not isinstance(text, str) or "${" not in text or path[:3] in _HARMLESS:
+            continue
+        for name in _NAMED.findall(text):
+            if is_secret(name) and (os.environ.get(name) or variables.get(name)):
+                yield _dotted(path), name
+
+
+def exposed_problems(composed: Composed) -> Iterator[Problem]:
+    """Each of those keys, and how to hand the secret on instead."""
+    for key, name in composed.exposed.items():
+        what = f"holds a secret ({name}), and the configuration is written to the job's directory"
+        hint = f'Pass it as run.env.env_vars.{name}, and use "${name}" in a command.'
+        yield Problem(key, what, source=source_of(key, composed.sources), hint=hint)
 
 
 def _job_variables(composed: Composed) -> dict[str, Any]:
@@ -270,7 +318,11 @@ def _resolve_simple(
 
 def _unresolved(path: Iterable[Any], text: str, why: str, sources: Mapping[str, str]) -> Problem:
     key = _dotted(path)
-    return Problem(where=key, what=f"{text} does not resolve: {why}", source=sources.get(key, ""))
+    what, hint = f"{text} does not resolve: {why}", ""
+    if missing := re.search(r"Environment variable '(\w+)' not found", why):
+        what = f"the variable {missing[1]} is not set"
+        hint = f"export {missing[1]}=…, or give it a default where it is written: ${{oc.env:{missing[1]},…}}"
+    return Problem(where=key, what=what, source=sources.get(key, ""), hint=hint)
 
 
 def package_file(package: str, name: str) -> str:

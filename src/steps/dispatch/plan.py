@@ -13,7 +13,7 @@ from steps.artifacts.opening import NAMED_TYPES
 from steps.config.base import RunEnv, StepConfig
 from steps.config.validate import check_section, validate
 from steps.dispatch import catalog, executors, places, profiles
-from steps.dispatch.compose import Composed, compose, leaves
+from steps.dispatch.compose import Composed, compose, exposed_problems, leaves
 from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
 from steps.dispatch.jobs import order
@@ -173,7 +173,8 @@ def typed(step: Manifest, composed: Composed, executor: Executor) -> tuple[StepC
             what, source = f"{value!r} is not one of the choices", composed.sources.get(parameter.name, "")
             hint = suggest(str(value), choices)
             problems.append(Problem(parameter.name, what, source=source, allowed=", ".join(choices), hint=hint))
-    problems += _secrets(composed)
+    # What is wrong with a secret's value would quote it.
+    problems = [*(problem for problem in problems if problem.where not in composed.exposed), *_secrets(composed)]
     if problems:
         raise ConfigError(problems)
     assert result is not None
@@ -183,12 +184,15 @@ def typed(step: Manifest, composed: Composed, executor: Executor) -> tuple[StepC
 
 def _secrets(composed: Composed) -> Iterator[Problem]:
     """Secrets outside of run.env.env_vars: what a step reads from its configuration is on disk for everybody."""
+    yield from exposed_problems(composed)
     variables = preflight.lookup(composed.data, "run.env.env_vars")
     hidden = {str(value) for name, value in variables.items() if is_secret(name)} if isinstance(variables, dict) else ()
     for path, value in leaves(composed.data):
         if not isinstance(value, str) or not value or path[:3] == ("run", "env", "env_vars"):
             continue
         key = ".".join(map(str, path))
+        if key in composed.exposed:
+            continue
         # A short value could be anything; a token never is.
         inside = any(len(secret) >= _TOKEN_LENGTH and secret in value for secret in hidden)
         if inside or (is_secret_key(str(path[-1])) and path[:3] != ("run", "env", "secret_vars")):

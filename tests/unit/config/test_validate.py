@@ -88,3 +88,19 @@ def test_unknown_keys_may_be_let_through_with_a_note():
 
 def test_the_right_key_in_the_wrong_place_is_pointed_to():
     assert problems({"train_iters": 5, "dim": 4})["dim"].hint == "Did you mean peft.dim?"
+
+
+@pytest.mark.parametrize(
+    ("variables", "key", "message"),
+    [
+        ({"HF_TOKEN": ["hf_hush"]}, "run.env.env_vars.HF_TOKEN", "a list is not text"),
+        ({"DB": {"PASSWORD": "hush"}}, "run.env.env_vars.DB", "a mapping is not text"),
+        (["HF_TOKEN=hf_hush"], "run.env.env_vars", "a list is not a mapping"),
+        ("HF_TOKEN=hf_hush", "run.env.env_vars", "its value is not a mapping"),
+        ({"API_KEY": 10**30}, "run.env.env_vars.API_KEY", "its value is too large"),
+        ({"LEVEL": ["debug"]}, "run.env.env_vars.LEVEL", "['debug'] is not text"),
+    ],
+)
+def test_a_value_under_the_name_of_a_secret_is_never_quoted(variables, key, message):
+    assert problems({"train_iters": 1, "run": {"env": {"env_vars": variables}}})[key].what == message
+    assert problems({"train_iters": {"hub_token": "hush"}})["train_iters"].what == "a mapping is not an integer"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from support.steps import fake_step
 
-from steps.dispatch.compose import Composed, compose
-from steps.errors import ConfigError
+from steps.dispatch.compose import Composed, compose, settle
+from steps.errors import ConfigError, ExecutorError
 
 
 def environment(**values) -> Composed:
@@ -104,6 +104,56 @@ def test_every_interpolation_that_does_not_resolve_is_reported(tmp_path):
         "default.yaml:4",
     ]
     assert "no_such_package is not installed" in caught.value.problems[2].what
+    told = str(caught.value.problems[1])
+    assert told.startswith("b.0: the variable STEPS_NOT_SET is not set (from default.yaml:3). export STEPS_NOT_SET=…")
+
+
+@pytest.mark.parametrize("text", ["${oc.env:STEPS_NOT_SET}", "/lustre/${oc.env:STEPS_NOT_SET}/out"])
+def test_a_variable_that_is_not_set_is_told_in_the_same_words_however_it_was_resolved(tmp_path, text):
+    with pytest.raises(
+        ConfigError, match=r"^a: the variable STEPS_NOT_SET is not set \(from default.yaml:1\)\. export"
+    ):
+        compose(fake_step(tmp_path, default=f"a: {text}\n"), "default")
+
+
+def test_what_is_still_to_be_filled_in_is_told_at_once_and_before_anything_else(tmp_path):
+    step = fake_step(tmp_path, default="a: ${nowhere}\nb: <data>\n")
+    given = environment(account="<account>", mounts=["<a:b>", "/c:/c"], env_vars={"BOS": "<s>"}, time="<time>")
+    with pytest.raises(ExecutorError) as caught:
+        compose(step, "default", ["run.env.time=1:00:00"], given)
+    assert str(caught.value).splitlines() == [
+        "run.env.account: <account> is still to be filled in (from profile p)",
+        "run.env.mounts.0: <a:b> is still to be filled in",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "name"),
+    [
+        ("run.env.comment", "${oc.env:DB_PASSWORD}", "DB_PASSWORD"),
+        ("run.env.startup_commands", ["true", "login ${oc.env:DB_PASSWORD} now"], "DB_PASSWORD"),
+        ("a", "x-${oc.env:DB_PASSWORD,none}", "DB_PASSWORD"),
+        ("a", "${run.env.env_vars.MY_TOKEN}", "MY_TOKEN"),
+        ("a", "${oc.env:NOT_SET_TOKEN,none}", ""),
+        ("a", "${oc.env:STEPS_TEST_DIR}", ""),
+        ("run.env.identity", "${oc.env:SSH_KEY}", ""),
+        ("run.env.env_vars.PG", "u:${oc.env:DB_PASSWORD}", ""),
+    ],
+)
+def test_where_a_secret_variable_would_stand_in_the_open(tmp_path, monkeypatch, key, text, name):
+    for variable in ("DB_PASSWORD", "SSH_KEY", "STEPS_TEST_DIR"):
+        monkeypatch.setenv(variable, "hush")
+    monkeypatch.delenv("NOT_SET_TOKEN", raising=False)
+    data: dict = {"run": {"env": {"env_vars": {"MY_TOKEN": "hush"}}}}
+    *above, last = key.split(".")
+    place = data
+    for part in above:
+        place = place[part]
+    place[last] = text
+    composed = Composed(data)
+    settle(composed)
+    exposed = f"{key}.1" if isinstance(text, list) else key
+    assert composed.exposed == ({exposed: name} if name else {})
 
 
 def test_broken_grammar_is_told_with_its_key(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.steps import fake_step
 
-from steps.dispatch import profiles
+from steps.dispatch import catalog, profiles
 from steps.dispatch.compose import compose, leaves
+from steps.dispatch.plan import Place, prepare
 from steps.dispatch.profiles import env_files
-from steps.errors import ExecutorError
+from steps.errors import ConfigError, ExecutorError
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +250,8 @@ def test_a_description_is_nobodys_run_env():
             '[p]\nextends = "slurm_bas"\n',
             "env.toml [p]: extends 'slurm_bas', which is no profile. Did you mean slurm_base?",
         ),
+        # The table itself is no suggestion.
+        ('[p]\nextends = "loop"\n[loop]\nextends = "lop"\n', "extends 'lop', which is no profile\n"),
         ('[p]\nextends = ["slurm_base"]\n', "env.toml [p]: `extends` names one profile, got ['slurm_base']"),
         ('[pp]\nexecutor = "slurm"\n', "there is no profile 'p'. Did you mean"),
         ('[p]\nproject = "x"\n', "env.toml [p]: is no profile: it names no executor. Profiles have executor"),
@@ -291,7 +295,7 @@ def test_a_description_is_nobodys_run_env():
 )
 def test_what_is_wrong_is_told_with_its_place(text, message):
     write(text)
-    assert message in refused("p")
+    assert message in refused("p") + "\n"
 
 
 def test_every_fault_at_once():
@@ -328,3 +332,39 @@ env_vars = {HF_TOKEN = "${oc.env:HF_TOKEN}"}
         monkeypatch.setenv(name, value)
     data = compose(fake_step(tmp_path / "step", default="a: 1\n"), "default", [], found.environment).data["run"]["env"]
     assert (data["nodes"], data["time"], data["tunnel"], data["mounts"]) == (2, "12:00:00", "local", ["/d:/data"])
+
+
+def test_the_secrets_of_a_profile_are_refused_where_they_would_be_seen(monkeypatch):
+    write("""
+[p]
+executor = "slurm"
+comment = "${oc.env:DB_PASSWORD}"
+time = "${oc.env:DB_PASSWORD}"
+startup_commands = ["login ${oc.env:DB_PASSWORD}"]
+""")
+    monkeypatch.setenv("DB_PASSWORD", "hush")
+    with pytest.raises(ConfigError) as caught:
+        prepare(catalog.find("data_prep/demo_chat"), "tiny", place=Place("p"))
+    told = str(caught.value)
+    assert "hush" not in told
+    assert [line.partition(":")[0] for line in told.splitlines()] == [
+        "run.env.comment", "run.env.time", "run.env.startup_commands.0",
+    ]  # fmt: skip
+    assert told.splitlines()[0].endswith(
+        "holds a secret (DB_PASSWORD), and the configuration is written to the job's directory (from env.toml [p]). "
+        'Pass it as run.env.env_vars.DB_PASSWORD, and use "$DB_PASSWORD" in a command.'
+    )
+
+
+def test_a_starter_as_it_is_refuses_a_run_with_every_placeholder_at_once():
+    starter = (env_files.SHIPPED / "starters" / "lepton.toml").read_text()
+    write(starter)
+    blanks = re.findall(r'^(?!#).*"(<[^<>]+>)"', starter, re.MULTILINE)
+    with pytest.raises(ExecutorError) as caught:
+        prepare(catalog.find("peft/megatron_bridge"), "default", place=Place("lepton_peft_megatron_bridge"))
+    assert [problem.what for problem in caught.value.problems] == [f"{it} is still to be filled in" for it in blanks]
+
+
+def test_a_placeholder_has_no_type_before_it_is_filled_in():
+    write('[p]\nexecutor = "slurm"\ntime = "<hours>"\nnodes = "<how many>"\n')
+    assert profiles.load("p").env["time"] == "<hours>"

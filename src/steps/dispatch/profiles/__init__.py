@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steps.dispatch.compose import Composed, leaves
+from steps.dispatch.compose import Composed, is_unfilled, leaves
 from steps.dispatch.profiles import env_files
 from steps.dispatch.profiles.env_files import Table, Tables
 from steps.errors import ExecutorError, Problem, suggest
@@ -107,7 +107,7 @@ def _chain(name: str, tables: Tables) -> list[Table]:
         if not isinstance(parent, str):
             raise ExecutorError(Problem(where=place, what=f"`extends` names one profile, got {parent!r}"))
         if parent not in everything:
-            hint = suggest(parent, names(tables))
+            hint = suggest(parent, [known for known in names(tables) if known not in {table.name for table in chain}])
             raise ExecutorError(Problem(where=place, what=f"extends {parent!r}, which is no profile", hint=hint))
         seen = [table.name for table in chain]
         if parent in seen:
@@ -194,7 +194,7 @@ def _forget(sources: dict[str, str], key: str) -> None:
 
 def faults(profile: Profile) -> list[Problem]:
     """Fields that the executor does not know, and values of the wrong type. What holds `${…}` is typed when it is
-    resolved."""
+    resolved, a placeholder when it is filled in."""
     from steps.config.validate import check_section
     from steps.dispatch import executors
 
@@ -215,10 +215,10 @@ def _explained(problems: Iterable[Problem]) -> Iterator[Problem]:
 
 
 def _is_late(value: Any, key: str) -> bool:
-    """Whether the value under a dotted key is, or lies in, text with `${…}`."""
+    """Whether the value under a dotted key is, or lies in, text with `${…}`, or is a placeholder."""
     for part in key.split("."):
         if isinstance(value, Mapping):
             value = value.get(part)
         elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
-    return isinstance(value, str) and "${" in value
+    return isinstance(value, str) and ("${" in value or is_unfilled(value))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from steps.errors import ExecutorError, Problem, StepsError, UsageError, suggest
+from steps.errors import ExecutorError, StepsError, UsageError, suggest
 
 app = typer.Typer(
     help="Where jobs run: profiles of an env.toml, and the shipped ones.", no_args_is_help=True, rich_markup_mode=None
@@ -20,10 +20,10 @@ EnvFile = Annotated[
     typer.Option("--env-file", metavar="PATH", help="Profiles (default: $STEPS_ENV_FILE, env.toml upwards from here)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A profile, as `steps profiles list` shows it.")]
+Name = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="A profile, as `steps profiles list` shows it.", show_default=False)
+]
 
-#: A value that somebody still has to fill in, as the starters write them.
-_TO_FILL_IN = re.compile(r"<[^<>]+>")
 #: `${oc.env:NAME}` or `${oc.env:NAME,''}`: no secret stands in it.
 _FROM_SHELL = re.compile(r"\$\{oc\.env:\w+(,(''|\"\"|null))?\}")
 
@@ -62,11 +62,11 @@ def _row(name: str, tables: Any) -> dict[str, Any]:
 
 
 @app.command()
-def show(name: Name, env_file: EnvFile = None, json: Json = False) -> None:
+def show(name: Name = None, env_file: EnvFile = None, json: Json = False) -> None:
     """Show a profile with everything it inherits, and where each value stands. Variables stay as they are written."""
     from steps.dispatch import profiles, render
 
-    profile = profiles.load(name, env_file)
+    profile = profiles.load(_named(name, env_file, "show"), env_file)
     env = _without_secrets(profile.env)
     if json:
         _print_json({
@@ -78,6 +78,17 @@ def show(name: Name, env_file: EnvFile = None, json: Json = False) -> None:
     print(f"made of {', '.join(profile.chain)}")
     print()
     _print(render.annotated(env, profile.sources))
+
+
+def _named(name: str | None, env_file: str | None, command: str) -> str:
+    """The name that was given. Raises UsageError with all there are where none was."""
+    from steps.dispatch import profiles
+    from steps.dispatch.profiles import env_files
+
+    if name is None:
+        known = ", ".join(profiles.names(env_files.tables(env_file)))
+        raise UsageError(f"`steps profiles {command}` wants the name of a profile", hint=f"There are: {known}.")
+    return name
 
 
 def _without_secrets(env: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,22 +106,23 @@ def _without_secrets(env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
-def check(name: Name, env_file: EnvFile = None) -> None:
+def check(name: Name = None, env_file: EnvFile = None) -> None:
     """Find what a job with this profile would stumble over, here and on the cluster; exit code 5 if there is any."""
     from steps.config.base import StepConfig
     from steps.config.validate import check_section, source_of
     from steps.dispatch import executors, profiles
-    from steps.dispatch.compose import Composed, settle
-    from steps.errors import ConfigError
+    from steps.dispatch.compose import Composed, exposed_problems, settle, unfilled
+    from steps.errors import ConfigError, Note
 
-    profile = profiles.load(name, env_file)
+    profile = profiles.load(_named(name, env_file, "check"), env_file)
     executor = executors.get(profile.executor)
-    problems = list(_unfilled(profile.env, profile.sources))
     composed = profile.environment or Composed({"run": {"env": {}}})
+    problems = list(unfilled(composed))
     try:
         settle(composed)
     except ConfigError as error:
-        problems += map(_with_variable, error.problems)
+        problems += error.problems
+    problems += exposed_problems(composed)
     if not problems:
         env, problems = check_section(executor.env, composed.data["run"]["env"], composed.sources, "run.env")
         if env is not None:
@@ -120,29 +132,14 @@ def check(name: Name, env_file: EnvFile = None) -> None:
                 problems = list(executor.probe(env))
             except ExecutorError as error:
                 problems = list(error.problems)
-    if problems:
-        sources = composed.sources
-        raise ExecutorError(replace(each, source=each.source or source_of(each.where, sources)) for each in problems)
-    print(f"{name} is ready")
-
-
-def _with_variable(problem: Problem) -> Problem:
-    """What to do about a variable that is not set."""
-    missing = re.search(r"Environment variable '(\w+)' not found", problem.what)
-    if not missing:
-        return problem
-    what = f"the variable {missing[1]} is not set"
-    hint = f"export {missing[1]}=…, or write a default into the file: ${{oc.env:{missing[1]},…}}"
-    return replace(problem, what=what, hint=hint)
-
-
-def _unfilled(env: Mapping[str, Any], sources: Mapping[str, str]) -> Iterator[Problem]:
-    from steps.dispatch.compose import leaves
-
-    for path, value in leaves(env):
-        key = ".".join(map(str, path))
-        if isinstance(value, str) and _TO_FILL_IN.fullmatch(value):
-            yield Problem(f"run.env.{key}", f"{value} is still to be filled in", source=sources.get(key, ""))
+    sources = composed.sources
+    told = [replace(each, source=each.source or source_of(each.where, sources)) for each in problems]
+    for each in told:
+        if isinstance(each, Note):
+            print(f"note: {each}", flush=True)
+    if faults := [each for each in told if not isinstance(each, Note)]:
+        raise ExecutorError(faults)
+    print(f"{profile.name} is ready")
 
 
 @app.command()
