@@ -55,6 +55,8 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
     if type in NAMED_TYPES and is_hub_id(value):
         return Artifact(key, type, value, None, warnings=(f"{value} is fetched from the Hugging Face Hub",))
     path = Path(value).expanduser()
+    if type == "packed_parquet":
+        path = packed_parquet.folder(path)
     paths = training_jsonl.expand(value) if graph.is_a("training_jsonl", type) else [path]
     if not paths or not paths[0].exists():
         raise _error(key, f"there is no {type} at {value}", f"missing_{type}")

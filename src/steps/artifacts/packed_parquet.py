@@ -10,8 +10,14 @@ from pathlib import Path
 SPLITS = ("train", "valid", "test")
 
 
+def folder(path: Path) -> Path:
+    """The directory that a path names; the model project writes `splits/train/*.parquet`, down to the files."""
+    return path.parent if path.name == "*.parquet" else path
+
+
 def root(path: Path) -> Path:
-    """The artifact's directory, for a path to it, to its `splits`, or to one split."""
+    """The artifact's directory, for a path to it, to its `splits`, to one split, or to all files of one split."""
+    path = folder(path)
     for candidate in (path, path.parent, path.parent.parent):
         if (candidate / "splits").is_dir():
             return candidate

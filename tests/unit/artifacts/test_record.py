@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from steps.artifacts import graph, record
+from steps.artifacts import graph, packed_parquet, record
 from steps.artifacts.opening import open_artifact
 from steps.artifacts.record import Record, publish, read
 from steps.errors import ArtifactError, StepFailed, UsageError
@@ -165,3 +165,21 @@ def test_types_follow_is_a():
     assert graph.route("packed_parquet", "checkpoint_hf") is None
     with pytest.raises(UsageError, match="Did you mean packed_parquet"):
         graph.known("packed_parket")
+
+
+@pytest.mark.parametrize("below", ["", "splits", "splits/train", "splits/train/*.parquet"])
+def test_packed_data_is_found_however_far_down_its_path_goes(tmp_path, below):
+    shard = tmp_path / "packed" / "splits" / "train" / "shard_0.parquet"
+    shard.parent.mkdir(parents=True)
+    shard.touch()
+    path = tmp_path / "packed" / below
+    assert open_artifact(str(path), "packed_parquet").path == tmp_path / "packed"
+    assert packed_parquet.shards(path, "train") == [shard]
+    shard.unlink()
+    with pytest.raises(ArtifactError, match="splits/train holds no .parquet file"):
+        open_artifact(str(path), "packed_parquet")
+    shard.parent.rmdir()
+    shard.parent.parent.rmdir()
+    with pytest.raises(ArtifactError, match="there is no|has no folder splits") as caught:
+        open_artifact(str(path), "packed_parquet")
+    assert caught.value.name == ("missing_packed_parquet" if below else "wrong_type")
