@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -23,6 +30,24 @@ def project(tmp_path):
 
 def run(*arguments: str, cwd: Path, env: dict[str, str] | None = None):
     return steps("profiles", *arguments, cwd=cwd, env={**BARE, **(env or {})})
+
+
+def on_a_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
+    """Exit code of `steps ARGUMENTS` and what a terminal of 80 columns shows, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 80, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "steps", *arguments]
+    with subprocess.Popen(
+        command, cwd=cwd, env={**environment, **BARE, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
+            while piece := os.read(ours, 65536):
+                shown += piece
+    os.close(ours)
+    return process.returncode, re.sub(r"\x1b\[\d*m", "", shown.decode()).replace("\r\n", "\n")
 
 
 def test_list_is_not_cut_in_a_pipe_and_says_the_same_as_json(project):
@@ -44,6 +69,20 @@ def test_list_is_not_cut_in_a_pipe_and_says_the_same_as_json(project):
     assert "wandb" not in [row["name"] for row in rows]
     assert {"local", "slurm_peft_megatron_bridge", "lepton_peft_megatron_bridge"} <= {row["name"] for row in rows}
     assert [row["name"] for row in rows if row["problem"]] == ["broken"]
+
+
+def test_list_and_help_fit_a_terminal_of_80_columns(project):
+    (project / "env.toml").write_text('[mine]\nextends = "slurm_peft_megatron_bridge"\n')
+    code, text = on_a_terminal("profiles", "list", cwd=project)
+    header, mine, *others = text.splitlines()
+    assert (code, header.split(), mine.split()) == (
+        0,
+        ["NAME", "EXECUTOR", "WHAT"],
+        ["mine", "slurm", "extends", "slurm_peft_megatron_bridge"],
+    )
+    assert max(map(len, others)) <= 80
+    code, text = on_a_terminal("profiles", "--help", cwd=project)
+    assert (code, "..." in text.partition("Commands:")[2]) == (0, False)
 
 
 def test_show_tells_where_each_value_stands_without_any_variable_set(project):

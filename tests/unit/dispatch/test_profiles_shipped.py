@@ -143,6 +143,11 @@ def uncommented(text: str) -> str:
 
 
 @pytest.mark.parametrize("path", STARTERS, ids=lambda path: path.stem)
+def test_a_starter_is_readable_in_a_terminal_of_80_columns(path):
+    assert max(map(len, path.read_text().splitlines())) < 80
+
+
+@pytest.mark.parametrize("path", STARTERS, ids=lambda path: path.stem)
 def test_a_starter_carries_every_shipped_profile_of_its_kind(path):
     Path("env.toml").write_text(path.read_text())
     for name in SHIPPED:

@@ -24,6 +24,8 @@ Name = Annotated[
     str | None, typer.Argument(metavar="NAME", help="A profile, as `steps profiles list` shows it.", show_default=False)
 ]
 
+#: Columns of a terminal that has room for everything about a profile in one line.
+_WIDE = 130
 #: `${oc.env:NAME}` or `${oc.env:NAME,''}`: no secret stands in it.
 _FROM_SHELL = re.compile(r"\$\{oc\.env:\w+(,(''|\"\"|null))?\}")
 
@@ -39,13 +41,18 @@ def list_profiles(env_file: EnvFile = None, json: Json = False) -> None:
     if json:
         _print_json(rows)
         return
-    header = ("NAME", "EXECUTOR", "EXTENDS", "FILE", "WHAT")
-    shown = [
-        (row["name"], row["executor"] or "-", row["extends"] or "-", row["file"],
-         f"broken: {row['problem']}" if row["problem"] else row["description"])
-        for row in rows
-    ]  # fmt: skip
+    header = ["NAME", "EXECUTOR", "EXTENDS", "FILE", "WHAT"]
+    shown = [[row["name"], row["executor"] or "-", row["extends"] or "-", row["file"], _what(row)] for row in rows]
+    if render.width() < _WIDE:  # what a profile extends, and where it stands, is for `show` then
+        header, *shown = [[name, executor, what] for name, executor, _, _, what in (header, *shown)]
     _print(render.table(header, shown))
+
+
+def _what(row: Mapping[str, Any]) -> str:
+    """What there is to say about a profile, in one line."""
+    if row["problem"]:
+        return f"broken: {row['problem']}"
+    return row["description"] or (f"extends {row['extends']}" if row["extends"] else "")
 
 
 def _row(name: str, tables: Any) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def _row(name: str, tables: Any) -> dict[str, Any]:
 
 @app.command()
 def show(name: Name = None, env_file: EnvFile = None, json: Json = False) -> None:
-    """Show a profile with everything it inherits, and where each value stands. Variables stay as they are written."""
+    """Show a profile, what it inherits, and where each value stands. Variables stay as they are written."""
     from steps.dispatch import profiles, render
 
     profile = profiles.load(_named(name, env_file, "show"), env_file)
@@ -107,7 +114,7 @@ def _without_secrets(env: Mapping[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def check(name: Name = None, env_file: EnvFile = None) -> None:
-    """Find what a job with this profile would stumble over, here and on the cluster; exit code 5 if there is any."""
+    """Find what a job with this profile would stumble over. Asks here and on the cluster; exit code 5 if it would."""
     from steps.config.base import StepConfig
     from steps.config.validate import check_section, source_of
     from steps.dispatch import executors, profiles
