@@ -47,9 +47,15 @@ def test_check_asks_the_cluster(cluster, project):
     env = {**cluster.env, "STEPS_ENV_FILE": ""}
     ready = steps("profiles", "check", "mine", cwd=project, env=env)
     assert (ready.returncode, ready.stdout, ready.stderr) == (0, "mine is ready\n", "")
-    for name, key in (("elsewhere", "partition"), ("in_a_container", "container_image")):
-        wrong = steps("profiles", "check", name, cwd=project, env=env)
-        assert (wrong.returncode, wrong.stdout) == (5, "")
-        [line] = wrong.stderr.splitlines()
-        assert line.startswith(f"error: run.env.{key}: ")
-        assert f"(from env.toml [{name}])" in line
+    wrong = steps("profiles", "check", "elsewhere", cwd=project, env=env)
+    assert (wrong.returncode, wrong.stdout) == (5, "")
+    [line] = wrong.stderr.splitlines()
+    assert line.startswith("error: run.env.partition: ")
+    assert "(from env.toml [elsewhere])" in line
+    # Without pyxis the job runs in the host environment, which has what it needs: worth a note.
+    noted = steps("profiles", "check", "in_a_container", cwd=project, env=env)
+    assert (noted.returncode, noted.stderr) == (0, "")
+    note, verdict = noted.stdout.splitlines()
+    assert note.startswith("note: run.env.container_image: srun knows no --container-image (pyxis is not installed)")
+    assert "(from env.toml [in_a_container])" in note
+    assert verdict == "in_a_container is ready"

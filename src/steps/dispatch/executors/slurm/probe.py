@@ -5,11 +5,11 @@ Two questions go to the login node: what is there, and whether Slurm itself woul
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from pathlib import Path
 from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
+from steps.dispatch.executors.slurm.stage import hint_for
+from steps.dispatch.executors.slurm.submit import nemo_run
 from steps.errors import ExecutorError, Note, Problem, suggest
 
 _PROGRAMS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
@@ -40,10 +42,12 @@ class Partition:
 
 
 def probe(env: SlurmEnv) -> Iterator[Problem]:
-    """Everything that is missing, each with what to do about it; nothing when a job of this profile can run."""
-    if importlib.util.find_spec("nemo_run") is None:
-        what = "NeMo-Run, which submits to Slurm, is not installed"
-        yield Problem("", what, hint="pip install 'peft-steps[cluster]'")
+    """Everything that is missing, each with what to do about it; at most notes when a job of this profile can run."""
+    try:
+        with tempfile.TemporaryDirectory() as home, nemo_run(Path(home)):
+            pass  # what a submission imports can be
+    except ExecutorError as error:
+        yield from error.problems
     if env.tunnel == "ssh" and shutil.which("rsync") is None:
         yield Problem("run.env.tunnel", "there is no rsync on this machine, and ssh needs it", hint="Install rsync.")
     try:
@@ -187,7 +191,7 @@ def _refused(env: SlurmEnv, shell: Shell) -> Iterator[Problem]:
             words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in result.stderr.splitlines()]
             where = f" in {partition}" if partition else ""
             said = "; ".join(dict.fromkeys(filter(None, words)))
-            yield Problem("run.env", f"Slurm would not take a job like this{where}: {said}")
+            yield Problem("", f"Slurm would not take a job like this{where}: {said}", hint=hint_for(result.stderr))
 
 
 def _python(env: SlurmEnv) -> str:
