@@ -216,9 +216,9 @@ def test_a_waiting_job_can_be_cancelled(shell):
 def test_a_whole_chain_can_be_submitted(shell):
     done = shell("run", "data_prep/sft_packing", "-c", "tiny", "--upstream", "-b", "local")
     assert done.returncode == 0, done.stderr
-    chat, packing = re.findall(r"job (\S+) is pending", done.stdout)
-    assert f"waits for {chat[16:]}" in done.stdout
-    assert [job["id"] for job in shell.list()] == [chat, packing]  # the last one is the newest
+    chat, packing = re.findall(r"^\[\d/2\] ([0-9a-f]{6}) ", done.stdout, re.M)
+    assert f"waits for {chat}" in done.stdout
+    assert [job["id"][-6:] for job in shell.list()] == [chat, packing]  # the last one is the newest
     wait_for(lambda: shell.state("latest") == "succeeded", 90)
     assert (shell.cwd / "output/tiny/packed/artifact.json").exists()
 

@@ -140,6 +140,8 @@ def test_a_job_that_waited_in_vain_names_the_one_it_waited_for(tmp_path):
     write(home / IDS[0], Status("failed", exit_code=1, reason="exit code 1"))
     last = write(home / IDS[1], Status("cancelled", reason="DependencyNeverSatisfied"), after=[IDS[0]])
     assert jobs_view.told(last) == "cancelled: DependencyNeverSatisfied: data_prep-demo_chat-aaaaaa is failed"
+    assert list(listing.listing([last], IDS))[1].endswith("DependencyNeverSatisfied: aaaaaa is failed")
+    assert list(jobs_view.next_commands(last)) == ["steps jobs rerun bbbbbb"]
     assert f"after       {IDS[0]} (failed)" in "\n".join(jobs_view.page(last, jobs_view.data(last) | NOTHING_MORE))
 
 

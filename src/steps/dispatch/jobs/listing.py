@@ -65,7 +65,7 @@ def _end(identity: str) -> str:
 def _row(record: JobRecord, names: Mapping[str, str], now: datetime) -> tuple[str, ...]:
     why = reason(record)
     for identity, name in names.items():
-        why = why.replace(identity, name)
+        why = why.replace(identity, name).replace(short(identity), name)
     asked = record.asked
     return (
         names[record.id], _when(record, now), took(record), record.status.state,

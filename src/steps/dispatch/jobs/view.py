@@ -197,7 +197,8 @@ def next_commands(record: JobRecord) -> Iterator[str]:
         yield f"steps jobs logs -f {name}"
         yield f"steps jobs cancel {name}"
     else:
-        yield f"steps jobs logs {name}"
+        if record.status.started_at or record.status.state != CANCELLED:  # otherwise it never said anything
+            yield f"steps jobs logs {name}"
         if record.status.state != SUCCEEDED:
             yield f"steps jobs rerun {name}"
 
