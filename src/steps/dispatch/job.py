@@ -114,7 +114,7 @@ def new_spec(
         env=plain,
         # An empty token must not replace the one that the user is logged in with.
         secret_env={name: value for name, value in variables.items() if secret(name) and value},
-        image=environment.container_image or step.run.image,
+        image=step.run.image if environment.container_image is None else environment.container_image,
         torchrun=step.run.launch == "torchrun" and (torchrun or nprocs * nodes > 1),
         nodes=nodes,
         nprocs=nprocs if step.run.launch == "torchrun" else 1,
@@ -127,7 +127,7 @@ def new_spec(
 
 
 def create(spec: JobSpec, files: Mapping[str, str]) -> None:
-    """Make the job's directory, exclusively, with job.yaml, config.yaml and the executor's files; whole or not at all."""
+    """Make the job's directory, exclusively, with job.yaml, config.yaml and the executor's files, or leave none."""
     spec.directory.parent.mkdir(parents=True, exist_ok=True)
     spec.directory.mkdir()
     try:
