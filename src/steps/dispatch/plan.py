@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, Ste
 from steps.manifest import Manifest, Port
 
 _TOKEN_LENGTH = 8
+_RUN_ENV = re.compile(r"[+~]?run\.env\b")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Planned:
 
     waits_for: config key -> id of the planned step, or of the job, that will make this input.
     looked:    whether the inputs could be looked at from here.
+    overrides: of the command line, for this step.
     """
 
     step: Manifest
@@ -52,6 +55,7 @@ class Planned:
     spec: JobSpec
     place: Place
     looked: bool = True
+    overrides: Sequence[str] = ()
     waits_for: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,7 +77,9 @@ def prepare(
         raise UsageError(f"{step.id} takes no arguments behind --, got {' '.join(passthrough)!r}")
     chosen = profiles.load(place.profile, place.env_file)
     composed = compose(step, config_name, overrides, chosen.environment)
-    return plan(step, config_name, composed, place, profile=chosen.name, passthrough=passthrough, debug=debug)
+    planned = plan(step, config_name, composed, place, profile=chosen.name, passthrough=passthrough, debug=debug)
+    planned.overrides = tuple(overrides)
+    return planned
 
 
 def plan(
@@ -114,6 +120,8 @@ def plan(
     problems = [*findings.problems, *executor.check(config, env)]
     if step.run.launch != "torchrun" and env.processes > 1 and env.nprocs_per_node:
         notes.append(f"run.env.nprocs_per_node: {step.id} always runs as one process")
+    if step.run.launch != "torchrun" and (env.nodes or 1) > 1:
+        notes.append(f"run.env.nodes: {step.id} runs on one node")
     empty = [name for name in env.env_vars if is_secret(name) and not env.env_vars[name]]
     notes += [f"run.env.env_vars.{name} is empty: what the job's machine holds under that name stays" for name in empty]
     if not sees and (step.consumes or step.produces):
@@ -253,12 +261,14 @@ def _unfinished(wanting: Planned) -> list[Port]:
 def _maker(port: Port, wanting: Planned) -> Planned:
     """The step that, with the same config name, writes the artifact that `port` misses."""
     value = preflight.lookup(wanting.config, port.key)
+    # Where and how to run is said for the whole chain, what to compute only for its last step.
+    where = [text for text in wanting.overrides if _RUN_ENV.match(text)]
     elsewhere = []
     for step in catalog.select(produces=port.type):
         if wanting.config_name not in catalog.configs(step):
             continue
         try:
-            candidate = prepare(step, wanting.config_name, place=replace(wanting.place, after=()))
+            candidate = prepare(step, wanting.config_name, where, place=wanting.place)
         except StepsError as error:
             elsewhere.append(f"{step.id} -c {wanting.config_name} cannot be composed ({error})")
             continue
@@ -268,8 +278,10 @@ def _maker(port: Port, wanting: Planned) -> Planned:
                 if value is not None and made is not None and order.full_path(str(made)) == order.full_path(str(value)):
                     return candidate
                 elsewhere.append(f"{step.id} -c {wanting.config_name} writes {made}")
-    what = f"no step makes a {port.type} at {value} with the config {wanting.config_name!r}"
-    raise ArtifactError(Problem(where=port.key, what=what, hint="; ".join(elsewhere), name=f"missing_{port.type}"))
+    what = f"{wanting.step.id} wants a {port.type} at {value}, and no step makes one there with the config"
+    hint = "; ".join([*elsewhere, "put your own there, or name it on the command line"])
+    problem = Problem(port.key, f"{what} {wanting.config_name!r}", hint=hint, name=f"missing_{port.type}")
+    raise ArtifactError(problem)
 
 
 def refuse(planned: Sequence[Planned]) -> None:
