@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import sys
 import warnings
 from collections.abc import Iterator
 
 from steps.errors import ExecutorError
+
+
+def must_be_installed() -> None:
+    """Raises ExecutorError where there is no NeMo-Run. Imports nothing."""
+    if importlib.util.find_spec("nemo_run") is None:
+        hint = "pip install 'peft-steps[cluster]'"
+        raise ExecutorError("NeMo-Run, which submits jobs to clusters, is not installed", hint=hint)
 
 
 @contextlib.contextmanager

@@ -193,6 +193,12 @@ def test_fetching(place):
         assert not secret.exists()
 
 
+def test_cancelling_where_nobody_answered_a_moment_ago(login, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", None)
+    with pytest.raises(ExecutorError, match="cannot be cancelled: Slurm is silent"):
+        cancel(replace(login.record(), note="not reachable: Slurm is silent"))
+
+
 def test_a_lost_job_keeps_its_secrets_unless_it_ran(login):
     """Nobody knows of it; that is no proof that it will not start."""
     job = login.record()

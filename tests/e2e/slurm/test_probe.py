@@ -38,13 +38,13 @@ def test_nothing_is_missing(place):
         ({"remote_job_dir": "/dev/null/jobs"}, "remote_job_dir", "/dev/null is no directory"),
         ({"container_image": "nvcr.io/nvidia/nemo:25.09"}, "container_image", "pyxis is not installed"),
         ({"container_image": "/no/such.sqsh"}, "container_image", r"there is no file /no/such\.sqsh"),
-        ({"constraint": "h100"}, "", "Slurm would not take a job like this: .*Invalid feature specification"),
-        ({"mem": "64G"}, "", "Requested node configuration is not available"),
+        ({"constraint": "h100"}, None, "Slurm would not take a job like this: .*Invalid feature specification"),
+        ({"mem": "64G"}, None, "Requested node configuration is not available.*Ask for what its nodes have"),
     ],
 )
 def test_each_thing_that_is_missing(login, fields, where, message):
     problems = found(login, **fields)
-    assert any(key == (where or "run.env") and re.search(message, text) for key, text in problems), problems
+    assert any(key == (where or "") and re.search(message, text) for key, text in problems), problems
 
 
 def test_everything_at_once(login):
@@ -126,3 +126,20 @@ def test_sinfo_of_a_cluster_with_gpus():
 )  # fmt: skip
 def test_time_limits_as_slurm_writes_them(text, expected):
     assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("absent", ["nemo_run", "paramiko"])
+def test_without_nemo_run(login, monkeypatch, absent):
+    """The whole program: what is imported here already would hide that it cannot be."""
+    import subprocess
+
+    program = f"""
+import sys
+sys.modules[{absent!r}] = None
+from steps.dispatch.executors.slurm.env import SlurmEnv
+from steps.dispatch.executors.slurm.probe import probe
+print([str(problem) for problem in probe(SlurmEnv(executor="slurm", remote_job_dir={str(login.there)!r}))])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "NeMo-Run" in done.stdout
+    assert "pip install 'peft-steps[cluster]'" in done.stdout

@@ -70,7 +70,7 @@ def test_the_connection_for_files_fails(site, sshd):
     site.submit(*DEMO, env={"MINE": "hush"}).succeed()
     sshd.deafen()
     try:
-        job = refused(site, "the job's files cannot be put on the cluster", "Unable to connect", env={"MINE": "hush"})
+        job = refused(site, "steps' own connection to ", "may share an open one): ", env={"MINE": "hush"})
         assert not Path(json.loads((job / "status.json").read_text())["handle"]["directory"]).exists()
     finally:
         sshd.listen()

@@ -268,7 +268,16 @@ def test_what_is_fine_is_fine():
     assert not list(checks.check(SlurmEnv.model_validate({**GOOD, **fields})))
     assert not list(checks.check(SlurmEnv.model_validate({"tunnel": "local"})))
     for one in CASES.values():
-        assert not list(checks.check(one.environment))
+        assert not list(checks.check(one.environment.model_copy(update={"identity": None})))
+
+
+def test_a_key_that_is_not_here(tmp_path):
+    env = SlurmEnv.model_validate({**GOOD, "tunnel": "ssh", "host": "h", "identity": str(tmp_path / "key")})
+    assert [(problem.where, problem.what) for problem in checks.check(env)] == [
+        ("run.env.identity", f"there is no file {tmp_path}/key")
+    ]
+    (tmp_path / "key").touch()
+    assert not list(checks.check(env))
 
 
 def test_reserved_options_are_those_we_write():

@@ -59,7 +59,7 @@ class Lepton:
         return attend(self, spec)
 
     def place(self, job: JobRecord) -> str:
-        return "the workspace"  # the one that this shell is logged in to
+        return f"workspace {job.status.handle.get('workspace', '')}"
 
     def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
         workspace = Workspace()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import posixpath
 from collections.abc import Iterable, Iterator
 
+from steps.dispatch import importing
 from steps.dispatch.executors.lepton.client import NotThere, Workspace
 from steps.dispatch.executors.lepton.env import LeptonEnv
 from steps.errors import ExecutorError, Problem, suggest
@@ -21,6 +23,9 @@ def check(env: LeptonEnv) -> Iterator[Problem]:
     for name, hint in _NEEDED.items():
         if not getattr(env, name):
             yield Problem(f"run.env.{name}", "is missing, and a Lepton job needs it", hint=hint)
+    if env.container_image == "":
+        what = "is empty, which means no container, and a Lepton job needs one"
+        yield Problem("run.env.container_image", what, hint="Set it, or drop it where the step names an image.")
     for index, mount in enumerate(env.mounts):
         if not mount.source:
             hint = 'Name the storage: from = "node-nfs:NAME", as the workspace\'s storage page shows it.'
@@ -48,6 +53,12 @@ def probe(env: LeptonEnv) -> Iterator[Problem]:
     if not env.container_image:
         hint = "Set it, unless every step that you run with this profile names one."
         yield Problem("run.env.container_image", "is not set", hint=hint)
+    try:
+        importing.must_be_installed()
+        with importing.nemo_run():
+            importlib.import_module("nemo_run.core.execution.lepton")  # a submission must be able to
+    except ExecutorError as error:
+        yield from error.problems
     try:
         workspace = Workspace()
         with workspace.asking():

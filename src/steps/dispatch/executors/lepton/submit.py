@@ -79,6 +79,7 @@ def _executor_class() -> Iterator[Any]:
     """NeMo-Run's executor with our launch, imported now (2 seconds), and saying nothing."""
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())  # NeMo-Run calls logging.info(), which would add another
+    importing.must_be_installed()
     with importing.nemo_run():
         from nemo_run.core.execution.lepton import LeptonExecutor
     quiet = io.StringIO()

@@ -56,7 +56,8 @@ class Slurm:
         from steps.dispatch.executors.slurm.shell import Shell
 
         shell = Shell.of(SlurmEnv.model_validate(job.run_env))
-        return "here" if shell.here else f"{shell}:{shell.port} {shell.identity}"
+        name = job.status.handle.get("cluster", "")
+        return f"here {name}" if shell.here else f"{shell}:{shell.port} {shell.identity} {name}"
 
     def look(self, jobs: Sequence[JobRecord]) -> list[Status]:
         from steps.dispatch.executors.slurm import state

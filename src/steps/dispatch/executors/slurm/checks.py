@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from steps.dispatch.executors.slurm import script
@@ -26,6 +27,9 @@ def check(env: SlurmEnv) -> Iterator[Problem]:
         ):
             if not getattr(env, name):
                 yield _problem(name, "is missing, and tunnel ssh needs it", hint=hint)
+        if env.identity and not Path(env.identity).expanduser().is_file():
+            hint = "Set it to a private key of yours, or drop it where ssh finds one by itself."
+            yield _problem("identity", f"there is no file {env.identity}", hint=hint)
     for name in ("remote_job_dir", "workspace", "squash_dir"):
         path = getattr(env, name)
         if path and not path.startswith("/"):

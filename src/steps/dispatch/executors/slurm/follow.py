@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from steps.dispatch import jobs
 from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.executors.slurm.state import Found, environment, find, look
@@ -34,6 +35,7 @@ _POLL_HERE, _POLL_THERE, _SHORTEST_PAUSE = 0.5, 1.0, 0.3
 _FIRST_QUESTION, _LONGEST_QUESTION = 3.0, 15.0
 _LONGEST_RETRY, _GIVE_UP = 30.0, 3600.0
 _CANCEL_SECONDS = 15.0
+_LATER = "Try again later; `scontrol ping` tells whether the controller is up."
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def fetch(job: JobRecord) -> None:
 def cancel(job: JobRecord) -> None:
     """End a job, waiting or running, and wait a little until it is gone. Raises ExecutorError when Slurm refuses, and
     for a job that is on its way into the queue and does not come there."""
+    if job.note.startswith(jobs.UNREACHABLE):  # it was asked a moment ago, and each silence takes many seconds
+        raise ExecutorError(f"{job.id} cannot be cancelled: {job.note.removeprefix(jobs.UNREACHABLE)}", hint=_LATER)
     shell, found = Shell.of(environment(job)), find(job)
     status = look([job])[0]
     due = time.monotonic() + _CANCEL_SECONDS
@@ -131,8 +135,7 @@ def cancel(job: JobRecord) -> None:
         number = status.handle.get("slurm_job_id", "")
         result = shell.run(f'scancel --user="$(id -un)" --name={shlex.quote(found.name)} {number}')
         if result.returncode and not look([job])[0].ended:
-            hint = "Try again later; `scontrol ping` tells whether the controller is up."
-            raise ExecutorError(f"{job.id} cannot be cancelled: {result.stderr.strip()}", hint=hint)
+            raise ExecutorError(f"{job.id} cannot be cancelled: {result.stderr.strip()}", hint=_LATER)
         deadline = time.monotonic() + _CANCEL_SECONDS
         while not look([job])[0].ended and time.monotonic() < deadline:
             time.sleep(_IDLE)

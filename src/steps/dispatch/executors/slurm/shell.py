@@ -94,7 +94,7 @@ class Shell:
             return self._run(script, stdin, timeout)
         # Threads that begin together must not each make a connection: the user would be asked as often.
         with _CONNECTING:
-            result = self._run(script, stdin, timeout + (_LOGIN_SECONDS if _somebody_is_there() else 0))
+            result = self._run(script, stdin, timeout + (_LOGIN_SECONDS if somebody_is_there() else 0))
             _CONNECTED.add(self)
             return result
 
@@ -155,7 +155,7 @@ class Shell:
         return ExecutorError(f"{self} cannot be reached: {words}", hint=self._hint(complaints))
 
     def _hint(self, complaints: str) -> str:
-        by_hand = " ".join(["ssh", *self._address()])
+        by_hand = " ".join(["ssh", *self.address()])
         for words, hint in (
             ("Could not resolve", "Check host in the profile, and the network (VPN?)."),
             ("IDENTIFICATION HAS CHANGED", f"Somebody may be listening in, or it was set up anew: see `{by_hand}`."),
@@ -169,7 +169,8 @@ class Shell:
                 return hint
         return f"See whether `{by_hand}` works."
 
-    def _address(self) -> list[str]:
+    def address(self) -> list[str]:
+        """What stands behind `ssh` on a command line that leads there."""
         user = ["-l", self.user] if self.user else []
         port = ["-p", str(self.port)] if self.port else []
         identity = ["-i", os.fspath(Path(self.identity).expanduser())] if self.identity else []
@@ -184,7 +185,7 @@ class Shell:
             "RemoteCommand": "none",
             "ClearAllForwardings": "yes",
         }
-        if not _somebody_is_there():
+        if not somebody_is_there():
             options["BatchMode"] = "yes"
         if sockets := _socket_directory():
             # A second factor is asked for once; and a new connection for each question would be slow.
@@ -194,7 +195,7 @@ class Shell:
                 "ControlPersist": _PERSIST_SECONDS,
             }
         flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-        return ["ssh", "-T", *flags, *self._address()]
+        return ["ssh", "-T", *flags, *self.address()]
 
 
 #: Shells whose shared connection should be there.
@@ -202,7 +203,7 @@ _CONNECTED: set[Shell] = set()
 _CONNECTING = threading.Lock()
 
 
-def _somebody_is_there() -> bool:
+def somebody_is_there() -> bool:
     """Whether ssh can ask for a password."""
     return bool(sys.stdin) and sys.stdin.isatty()
 

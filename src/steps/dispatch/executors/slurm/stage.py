@@ -76,9 +76,9 @@ class Stage:
                     shutil.copy(self.spec.directory / name, staged / name)
                 copy(os.fspath(staged), self.directory)
         except shutil.Error as error:  # one entry a file, all for the same reason
-            raise refused(f"the job's files cannot be put on {self.shell}", str(error.args[0][0][2])) from error
+            raise not_put(self.directory, str(error.args[0][0][2])) from error
         except OSError as error:
-            raise refused(f"the job's files cannot be put on {self.shell}", str(error)) from error
+            raise not_put(self.directory, str(error)) from error
 
     def send_secrets(self) -> None:
         """Into a file for this user only, over stdin: in no command line, in no directory of a job."""
@@ -143,10 +143,24 @@ def _tells(value: str, secrets: Collection[str]) -> bool:
     return any(value == one or (long and value in one) or (len(one) >= _TELLING and one in value) for one in secrets)
 
 
+def not_put(directory: str, words: str) -> ExecutorError:
+    """Files could not be copied into a job's directory on the cluster."""
+    what = f"the job's files cannot be put into {directory}"
+    if "No space left" in words:
+        root = posixpath.dirname(posixpath.dirname(directory))
+        return ExecutorError(f"{what}: no space left in {root}", hint=hint_for(words))
+    return refused(what, words)
+
+
 def refused(what: str, words: str) -> ExecutorError:
     """A failure in the words of the machine, with what can be done about it."""
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    said = "; ".join(lines[-4:])
+    hint = hint_for(words) or "`steps profiles check` looks at the profile and the cluster."
+    return ExecutorError(f"{what}: {'; '.join(lines[-4:])}", hint=hint)
+
+
+def hint_for(words: str) -> str:
+    """What can be done about a refusal in these words; '' where nothing is known."""
     for part, hint in (
         ("No space left", "Free some space on the cluster and submit again."),
         ("Disk quota", "Free some space on the cluster and submit again."),
@@ -161,5 +175,5 @@ def refused(what: str, words: str) -> ExecutorError:
         ("rsync: not found", "Install rsync here and on the login node."),
     ):
         if part in words:
-            return ExecutorError(f"{what}: {said}", hint=hint)
-    return ExecutorError(f"{what}: {said}", hint="`steps profiles check` looks at the profile and the cluster.")
+            return hint
+    return ""

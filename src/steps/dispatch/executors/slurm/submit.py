@@ -7,14 +7,13 @@ made, and the job's name in the queue is its id, by which it is found again.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import os
 import posixpath
 import shlex
+import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from steps.dispatch import importing, jobs
-from steps.dispatch.executors.slurm import layout
+from steps.dispatch.executors.slurm import layout, login
 from steps.dispatch.executors.slurm.env import SlurmEnv
 from steps.dispatch.executors.slurm.shell import Shell
-from steps.dispatch.executors.slurm.stage import Cluster, Stage, refused
+from steps.dispatch.executors.slurm.stage import Cluster, Stage, not_put, refused
 from steps.dispatch.job import CANCELLED, FAILED, PENDING, SUCCEEDED, JobRecord, JobSpec, Status, utc_now
 from steps.errors import ExecutorError, Interrupted, StepsError
 
@@ -111,18 +110,17 @@ class _Submission:
 
     def run(self, dependency: str) -> dict[str, Any]:
         """Everything, in order; the rest of the job's handle. What was put on the cluster is removed on failure."""
-        if importlib.util.find_spec("nemo_run") is None:
-            what = "NeMo-Run, which submits to Slurm, is not installed"
-            raise ExecutorError(what, hint="pip install 'peft-steps[cluster]'")
+        importing.must_be_installed()
         cluster = self.stage.prepare()
         if cluster.name:  # before sbatch: whoever looks for the job must know where
             self.status.handle["cluster"] = cluster.name
             self.status.write(self.stage.spec.directory)
         try:
-            with _nemo_run() as nemo:
-                tunnel = nemo.tunnel(_environment(self.stage.spec), self.stage.directory)
+            with nemo_run(self.stage.spec.directory) as nemo:
+                env = _environment(self.stage.spec)
+                tunnel = nemo.tunnel(env, self.stage.directory)
                 try:
-                    self.stage.send(lambda source, target: nemo.rsync(tunnel, source, target))
+                    self.stage.send(lambda source, target: nemo.rsync(env, tunnel, source, target))
                     self.stage.send_secrets()
                     return self._sbatch(nemo, tunnel, cluster, dependency)
                 finally:
@@ -189,11 +187,12 @@ class _Submission:
 
 # NeMo-Run
 
-_home: tempfile.TemporaryDirectory[str] | None = None
+#: NeMo-Run's own directory, as it was read once, at its import.
+_home: Path | None = None
 
 
 class _NemoRun:
-    """The parts of NeMo-Run that submit. Made inside `_nemo_run()`."""
+    """The parts of NeMo-Run that submit. Made inside `nemo_run()`."""
 
     def __init__(self) -> None:
         from nemo_run.core.execution.slurm import SlurmBatchRequest, SlurmExecutor
@@ -215,15 +214,22 @@ class _NemoRun:
             tunnel.session.config.run.in_stream = False  # our standard input is not sbatch's
             return tunnel
         identity = os.fspath(Path(env.identity).expanduser()) if env.identity else None
-        return self._ssh(host=env.host, user=env.user, port=env.port, identity=identity, job_dir=directory)
+        tunnel = self._ssh(host=env.host, user=env.user, port=env.port, identity=identity, job_dir=directory)
+        login.Prompt(_address(env)).answer_for(tunnel)
+        return tunnel
 
-    def rsync(self, tunnel: Any, source: str, target: str) -> None:
+    def rsync(self, env: SlurmEnv, tunnel: Any, source: str, target: str) -> None:
         """Copy what is in `source` here into `target` there. Raises ExecutorError."""
         try:
             tunnel.connect()
+        except (Exception, SystemExit) as error:
+            what = f"steps' own connection to {_address(env)} was refused (ssh itself may share an open one)"
+            by_hand = "ssh -o ControlPath=none " + " ".join(Shell.of(env).address())
+            raise ExecutorError(f"{what}: {_words(error)}", hint=f"`{by_hand}` must log in by itself.") from error
+        try:
             self._rsync(tunnel.session, f"{shlex.quote(source)}/", shlex.quote(target))
         except (Exception, SystemExit) as error:
-            raise refused("the job's files cannot be put on the cluster", _words(error)) from error
+            raise not_put(target, _words(error)) from error
 
     def schedule(self, tunnel: Any, spec: JobSpec, call: list[str]) -> str:
         """sbatch, called by NeMo-Run's scheduler; the job's number. Raises ExecutorError; _Unknown: it may be there.
@@ -254,34 +260,47 @@ class _NemoRun:
         return answer.partition(";")[0]
 
 
+def _address(env: SlurmEnv) -> str:
+    return f"{Shell.of(env)}:{env.port}" if env.port else str(Shell.of(env))
+
+
 def _words(error: BaseException) -> str:
     """What a failed command said, or the error itself."""
     result = getattr(error, "result", None)
     if result is not None:
         return str(result.stderr).strip() or str(result.stdout).strip() or f"status {result.exited}"
     if isinstance(error, SystemExit):
-        return "ssh let nobody in (authentication failed)"
+        return "nobody was let in (authentication failed)"
     return str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
-def _nemo_run() -> Iterator[_NemoRun]:
-    """NeMo-Run, imported now (2 seconds), saying nothing, its own files where nobody meets them."""
+def nemo_run(directory: Path) -> Iterator[_NemoRun]:
+    """NeMo-Run, imported now (2 seconds), saying nothing, its own files in that directory until the end of the block.
+
+    Raises ExecutorError when it cannot be imported.
+    """
     global _home
+    importing.must_be_installed()
     given = os.environ.get("NEMORUN_HOME")
     if given is None:
-        _home = _home or tempfile.TemporaryDirectory(prefix="steps-nemo-run-")
-        os.environ["NEMORUN_HOME"] = _home.name
+        _home = _home or directory.absolute() / ".nemo-run"
+        _home.mkdir(parents=True, exist_ok=True)
+        os.environ["NEMORUN_HOME"] = os.fspath(_home)
     try:
-        with _uninterrupted(), importing.nemo_run():
-            nemo = _NemoRun()
-            for name in ("nemo_run", "torchx", "paramiko", "fabric", "invoke"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            with _uninterrupted(), importing.nemo_run():
+                nemo = _NemoRun()
+                for name in ("nemo_run", "torchx", "paramiko", "fabric", "invoke"):
+                    logging.getLogger(name).setLevel(logging.CRITICAL)
+        finally:
+            if given is None:
+                del os.environ["NEMORUN_HOME"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield nemo
     finally:
-        if given is None:
-            del os.environ["NEMORUN_HOME"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield nemo
+        if given is None and _home is not None:
+            shutil.rmtree(_home, ignore_errors=True)
 
 
 @contextlib.contextmanager
