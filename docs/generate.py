@@ -17,11 +17,19 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 
 
+#: `typer … utils docs` reads the module itself, where the groups that are added late are missing.
+_WHOLE = """
+import typer.cli, typer.main
+from steps.dispatch import cli
+cli.add_groups()
+command = typer.main.get_command(cli.app)
+print(typer.cli.get_docs_for_click(obj=command, ctx=command.context_class(command, info_name="steps"), name="steps"))
+"""
+
+
 def cli() -> str:
     """The command line's reference, from the command line itself."""
-    arguments = ["typer", "steps.dispatch.cli", "utils", "docs", "--name", "steps"]
-    whole = f"import runpy, sys; from steps.dispatch import cli; cli.add_groups(); sys.argv = {arguments!r}"
-    command = [sys.executable, "-c", f"{whole}; runpy.run_module('typer', run_name='__main__')"]
+    command = [sys.executable, "-c", _WHOLE]
     # A fixed width keeps the text the same on every terminal.
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
