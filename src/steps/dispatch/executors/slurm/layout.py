@@ -19,7 +19,8 @@ SCRIPT, NODE_SCRIPT, SQUASH_SCRIPT = "sbatch.sh", "run.sh", "squash.sh"
 JOB_ID, STARTED, ENDED, EXIT_CODE = "slurm_job_id", "started_at", "ended_at", "exit_code"
 
 #: A shell command that prints what Slurm calls the cluster; nothing when its controller does not answer.
-CLUSTER_NAME = "scontrol show config 2>/dev/null | sed -n 's/^ClusterName *= *//p'"
+NAME_IN_CONFIG = "sed -n 's/^ClusterName *= *//p'"
+CLUSTER_NAME = f"scontrol show config 2>/dev/null | {NAME_IN_CONFIG}"
 
 
 def root(env: SlurmEnv, base: Path) -> str:

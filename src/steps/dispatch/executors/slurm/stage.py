@@ -42,13 +42,18 @@ class Stage:
         directory = shlex.quote(self.directory)
         make = "" if self._is_local_directory else f"mkdir -p -- {shlex.quote(posixpath.dirname(self.directory))}\n"
         make += "" if self._is_local_directory else f"mkdir -- {directory}\n"
+        # First of all: with the controller down, every command of Slurm takes its ten seconds to say so.
+        ask = "said=$(scontrol show config 2>&1) || case $said in\n"
+        ask += '    *"contact slurm controller"*) echo "$said" >&2; exit 75 ;;\nesac\n'
         result = self.shell.run(
-            f"set -e\n{make}mkdir -- {directory}/work\n"
+            f"{ask}set -e\n{make}mkdir -- {directory}/work\n"
             'command -v sbatch || echo\nprintf "%s\\n" "$SLURM_CONF"\n'
             "srun --help 2>&1 | grep -c -e --container-image || true\n"
             f"test -e {shlex.quote(layout.squash_file(self.spec) or '/')} && echo there || echo missing\n"
-            f'printf "%s\\n" "$({layout.CLUSTER_NAME})"\n'
+            f'printf "%s\\n" "$(echo "$said" | {layout.NAME_IN_CONFIG})"\n'
         )
+        if result.returncode == 75:
+            raise refused("the job was not submitted", result.stderr)
         if result.returncode:
             raise refused(f"the job's directory cannot be made on {self.shell}", result.stderr)
         sbatch, conf, pyxis, image, name = result.text.splitlines()
