@@ -61,7 +61,7 @@ demo: $(VENV)/.base  ## Fine-tune a real small model on real conversations, merg
 test: $(VENV)/.dev $(BRIDGE:%=%/.done) $(VENV)-cluster/.done servers  ## Everything that must hold before a change lands.
 	$(MAKE) --no-print-directory check
 	STEPS_BRIDGE_PYTHON=$(BRIDGE:%=$(CURDIR)/%/bin/python) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow" --durations=10
+		$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -m "not slow" --durations=10
 
 test-slow: $(VENV)/.dev servers  ## The tests that take minutes each.
 	$(BIN)/python -m pytest -q -m slow

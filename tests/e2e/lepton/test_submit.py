@@ -238,7 +238,7 @@ def test_a_submission_that_is_killed_is_found_or_lost(site: Site):
     record = site.record()
     record.asked["submitted_at"] = "2026-01-01T00:00:00+00:00"
     (record.directory / "job.yaml").write_text(yaml12.dump(dict(record.asked)))  # as if a minute had passed
-    assert "lost: its submission was cut off before Lepton had it" in site.steps("jobs", "list").stdout
+    assert "its submission was cut off before Lepton had it" in site.steps("jobs", "list").stdout
     assert {job.state for job in site.lepton.jobs} <= {"Deleting", "Deleted"}
     assert site.lepton.secrets == {}
 

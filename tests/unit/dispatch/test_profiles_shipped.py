@@ -174,6 +174,9 @@ def test_what_a_starter_shows_as_a_comment_works_too(path, monkeypatch):
     for name in [f"{path.stem}_cpu_base", "two_nodes", f"{path.stem}_peft_megatron_bridge"]:
         assert profiles.load(name).executor == path.stem
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_shell")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    Path(".ssh").mkdir()
+    Path(".ssh/id_ed25519").touch()
     planned = prepare(catalog.find("peft/megatron_bridge"), "default", place=Place("two_nodes"))
     assert not planned.problems
     assert planned.spec.nodes == 2
