@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import pytest
 from support.slurm_site import DEMO, Site
@@ -63,7 +64,8 @@ def test_lines_arrive_while_it_runs_and_ctrl_c_cancels(site):
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
-    assert max(delays) < 3.5, delays  # 2 seconds, the 1 that `date +%s` cuts off, and a busy machine
+    # 2 seconds, and the 1 that `date +%s` cuts off; the median, since a busy machine may stall once.
+    assert median(delays) < 3, delays
     (job,) = site.jobs()
     assert json.loads((job / "status.json").read_text())["state"] == "cancelled"
     assert site.cluster.run("squeue", "--noheader").stdout == ""

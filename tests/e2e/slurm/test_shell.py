@@ -86,7 +86,7 @@ def test_too_long(shell):
     began = time.monotonic()
     with pytest.raises(ExecutorError, match=r"no answer within 1 s"):
         shell.run("sleep 30", timeout=1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25
 
 
 def test_a_login_shell_only_where_slurm_is_not_found_without(remote):

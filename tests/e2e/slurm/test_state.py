@@ -214,7 +214,7 @@ def test_a_controller_that_is_down(forgetful, tmp_path, monkeypatch):
     try:
         began = time.monotonic()
         assert look([good])[0].state == "succeeded"
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8, "it asked the controller"
         with pytest.raises(ExecutorError, match="Unable to contact slurm controller"):
             look([good, bad, running])
         assert look([bad])[0].reason == "exit code 5"
