@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import steps
+from steps.dispatch.package import sources
 
 #: Linux takes no argument longer than 128 KiB.
 _PART = 100_000
@@ -28,24 +28,13 @@ def archive(files: Sequence[Path]) -> bytes:
 
     gzip, not xz: a fifth larger, and every tar reads it.
     """
-    source = Path(steps.__file__).resolve().parent
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for file in files:
             tar.add(file, file.name, filter=_anyones)
-        for file in _sources(source):
-            tar.add(file, f"code/{source.name}/{file.relative_to(source).as_posix()}", filter=_anyones)
+        for file, place in sources():
+            tar.add(file, f"code/{place}", filter=_anyones)
     return buffer.getvalue()
-
-
-def _sources(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "__pycache__":
-            continue
-        if path.is_dir():
-            yield from _sources(path)
-        elif path.suffix != ".pyc":
-            yield path
 
 
 def _anyones(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from steps.dispatch.executors.slurm import layout, package
+from steps.dispatch.executors.slurm import layout
 from steps.dispatch.executors.slurm.shell import Shell
 from steps.dispatch.job import JobSpec, is_secret
+from steps.dispatch.package import sources
 from steps.errors import ExecutorError
 
 #: Shorter values are found everywhere by chance.
@@ -70,18 +71,16 @@ class Stage:
         try:
             if self.shell.here:
                 target = Path(self.directory)
-                package.write(target / "code")
+                _write_code(target / "code")
                 for name in () if self._is_local_directory else names:
                     shutil.copy(self.spec.directory / name, target / name)
                 return
             with tempfile.TemporaryDirectory(prefix="steps-") as private:
                 staged = Path(private) / "job"  # its mode arrives there, and should be a usual one
-                package.write(staged / "code")
+                _write_code(staged / "code")
                 for name in names:
                     shutil.copy(self.spec.directory / name, staged / name)
                 copy(os.fspath(staged), self.directory)
-        except shutil.Error as error:  # one entry a file, all for the same reason
-            raise not_put(self.directory, str(error.args[0][0][2])) from error
         except OSError as error:
             raise not_put(self.directory, str(error)) from error
 
@@ -132,6 +131,16 @@ class Cluster:
         unset = [part for name in hidden for part in ("-u", name)]
         call = ["env", *unset, *([f"SLURM_CONF={self.conf}"] if self.conf else []), self.program]
         return [*map(shlex.quote, call), "--parsable"]
+
+
+def _write_code(directory: Path) -> None:
+    """Our package, below `directory`. Raises OSError.
+
+    Bytes and mode bits, no owners and times: a job's copy is new, and some cluster file systems refuse the rest.
+    """
+    for file, place in sources():
+        (directory / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, directory / place)
 
 
 def _is_everyday(value: str) -> bool:
