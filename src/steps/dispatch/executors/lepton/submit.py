@@ -9,12 +9,10 @@ from its id, before anything is made; so do the names of the mover's job and of 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -82,77 +80,74 @@ def _executor_class() -> Iterator[Any]:
     importing.must_be_installed()
     with importing.nemo_run():
         from nemo_run.core.execution.lepton import LeptonExecutor
-    quiet = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        warnings.simplefilter("ignore")
 
-        class Submission(LeptonExecutor):  # type: ignore[misc]
-            """One submission. launch() is what NeMo-Run's own does, without its flaws."""
+    class Submission(LeptonExecutor):  # type: ignore[misc]
+        """One submission. launch() is what NeMo-Run's own does, without its flaws."""
 
-            def __init__(self, spec: JobSpec, workspace: Workspace) -> None:
-                env = script.environment(spec)
-                super().__init__(
-                    container_image=spec.image, nemo_run_dir=env.nemo_run_dir or "", nodes=spec.nodes,
-                    nprocs_per_node=spec.nprocs, resource_shape=env.resource_shape or "",
-                    node_group=env.node_group or "",
-                    mounts=[mount.model_dump(by_alias=True, exclude_none=True) for mount in env.mounts],
-                )  # fmt: skip
-                self.job_dir, self.lepton_job_dir = os.fspath(spec.directory), script.directory(spec)
-                self._spec, self._workspace = spec, workspace
+        def __init__(self, spec: JobSpec, workspace: Workspace) -> None:
+            env = script.environment(spec)
+            super().__init__(
+                container_image=spec.image, nemo_run_dir=env.nemo_run_dir or "", nodes=spec.nodes,
+                nprocs_per_node=spec.nprocs, resource_shape=env.resource_shape or "",
+                node_group=env.node_group or "",
+                mounts=[mount.model_dump(by_alias=True, exclude_none=True) for mount in env.mounts],
+            )  # fmt: skip
+            self.job_dir, self.lepton_job_dir = os.fspath(spec.directory), script.directory(spec)
+            self._spec, self._workspace = spec, workspace
 
-            def launch(self, name: str, cmd: list[str]) -> tuple[str, Any]:
-                self._validate_mounts()
-                self.move_data()
-                job = self.create_lepton_job(name)
-                return name, job.status
+        def launch(self, name: str, cmd: list[str]) -> tuple[str, Any]:
+            self._validate_mounts()
+            self.move_data()
+            job = self.create_lepton_job(name)
+            return name, job.status
 
-            def copy_directory_data_command(self, local_dir_path: str, dest_path: str) -> list[str]:
-                return package.unpack([self._spec.directory / file for file in _FILES], dest_path)
+        def copy_directory_data_command(self, local_dir_path: str, dest_path: str) -> list[str]:
+            return package.unpack([self._spec.directory / file for file in _FILES], dest_path)
 
-            def move_data(self, *_: Any, **__: Any) -> None:
-                """A job of one small worker unpacks the files; it is gone afterwards, whatever happens."""
-                name = script.name(self._spec.id, "move")
-                posted = {
-                    "metadata": {"id": name},
-                    "spec": {
-                        "resource_shape": "cpu.small",
-                        "container": {
-                            "image": "busybox:1.37.0",
-                            "command": self.copy_directory_data_command(self.job_dir, self.lepton_job_dir),
-                        },
-                        "mounts": self.mounts,
+        def move_data(self, *_: Any, **__: Any) -> None:
+            """A job of one small worker unpacks the files; it is gone afterwards, whatever happens."""
+            name = script.name(self._spec.id, "move")
+            posted = {
+                "metadata": {"id": name},
+                "spec": {
+                    "resource_shape": "cpu.small",
+                    "container": {
+                        "image": "busybox:1.37.0",
+                        "command": self.copy_directory_data_command(self.job_dir, self.lepton_job_dir),
                     },
-                }
-                size = len(json.dumps(posted))
-                if size > _LARGEST_REQUEST:
-                    what = f"the job's files are too large for Lepton: {size:,} bytes, at most {_LARGEST_REQUEST:,}"
-                    raise ExecutorError(what, hint="Shorten the configuration.")
-                try:
-                    self._create(posted)
-                    _wait_for_mover(self._workspace, name)
-                finally:
-                    self._workspace.delete(name)
+                    "mounts": self.mounts,
+                },
+            }
+            size = len(json.dumps(posted))
+            if size > _LARGEST_REQUEST:
+                what = f"the job's files are too large for Lepton: {size:,} bytes, at most {_LARGEST_REQUEST:,}"
+                raise ExecutorError(what, hint="Shorten the configuration.")
+            try:
+                self._create(posted)
+                _wait_for_mover(self._workspace, name)
+            finally:
+                self._workspace.delete(name)
 
-            def create_lepton_job(self, name: str) -> Any:
-                return self._create(script.request(self._spec))
+        def create_lepton_job(self, name: str) -> Any:
+            return self._create(script.request(self._spec))
 
-            def _create(self, posted: dict[str, Any]) -> Any:
-                """Ask for the job `posted`, in the node group of the profile and on any of its nodes."""
-                from leptonai.api.v1.types.job import LeptonJob
+        def _create(self, posted: dict[str, Any]) -> Any:
+            """Ask for the job `posted`, in the node group of the profile and on any of its nodes."""
+            from leptonai.api.v1.types.job import LeptonJob
 
-                group = self._node_group_id(self._workspace.api)
-                affinity = {
-                    "allowed_dedicated_node_groups": [group.metadata.id_],
-                    "allowed_nodes_in_node_group": sorted(self._valid_node_ids(group, self._workspace.api)),
-                }
-                given = posted["spec"].get("affinity", {})
-                spec = {**posted["spec"], "affinity": {**given, **affinity}}
-                try:
-                    job = LeptonJob(metadata=posted["metadata"], spec=spec)
-                except ValueError as error:
-                    hint = "Check mounts and custom_spec in the profile."
-                    raise ExecutorError(f"this is no job for Lepton: {error}", hint=hint) from error
-                return self._workspace.api.job.create(job)
+            group = self._node_group_id(self._workspace.api)
+            affinity = {
+                "allowed_dedicated_node_groups": [group.metadata.id_],
+                "allowed_nodes_in_node_group": sorted(self._valid_node_ids(group, self._workspace.api)),
+            }
+            given = posted["spec"].get("affinity", {})
+            spec = {**posted["spec"], "affinity": {**given, **affinity}}
+            try:
+                job = LeptonJob(metadata=posted["metadata"], spec=spec)
+            except ValueError as error:
+                hint = "Check mounts and custom_spec in the profile."
+                raise ExecutorError(f"this is no job for Lepton: {error}", hint=hint) from error
+            return self._workspace.api.job.create(job)
 
     yield Submission
 
