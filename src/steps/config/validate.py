@@ -35,13 +35,7 @@ def validate(cls: type[C], data: Mapping[str, Any], sources: Mapping[str, str] |
     Raises ConfigError with every unknown key, wrong type, value outside its choices and inconsistency.
     """
     sources = sources or {}
-    problems: list[Problem] = []
-    config: C | None = None
-    try:
-        config = cls.model_validate(data)
-    except ValidationError as error:
-        problems += [_from_pydantic(entry, sources) for entry in error.errors(include_url=False)]
-    problems += _too_large(data, sources)
+    config, problems = _typed(cls, data, sources, "")
     notes: list[str] = []
     for key, siblings in unknown_keys(cls, data):
         # A config that is invalid elsewhere cannot be asked; build what can be built, unchecked, to ask it.
@@ -66,15 +60,23 @@ def check_section(
     prefix: the dotted key of the section ("run.env"), '' for none.
     """
     dot = f"{prefix}." if prefix else ""
-    problems: list[Problem] = []
+    section, problems = _typed(cls, data, sources, dot)
+    problems += [_unknown(key, siblings, cls, sources) for key, siblings in unknown_keys(cls, data, dot)]
+    return section if not problems else None, problems
+
+
+def _typed(
+    cls: type[S], data: Mapping[str, Any], sources: Mapping[str, str], prefix: str
+) -> tuple[S | None, list[Problem]]:
+    """`data` as `cls`, None where pydantic refuses it, and what is wrong with the values; unknown keys are let pass."""
     section: S | None = None
+    problems: list[Problem] = []
     try:
         section = cls.model_validate(data)
     except ValidationError as error:
-        problems += [_from_pydantic(entry, sources, dot) for entry in error.errors(include_url=False)]
-    problems += _too_large(data, sources, dot)
-    problems += [_unknown(key, siblings, cls, sources) for key, siblings in unknown_keys(cls, data, dot)]
-    return section if not problems else None, problems
+        problems += [_from_pydantic(entry, sources, prefix) for entry in error.errors(include_url=False)]
+    problems += _too_large(data, sources, prefix)
+    return section, problems
 
 
 def _too_large(data: Any, sources: Mapping[str, str], prefix: str = "") -> Iterator[Problem]:
@@ -156,7 +158,7 @@ def _unknown(key: str, siblings: list[str], cls: type[BaseModel], sources: Mappi
     return Problem(where=key, what="unknown key", source=source_of(key, sources), allowed=allowed, hint=hint)
 
 
-def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> Problem:
+def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix: str) -> Problem:
     # pydantic adds the tags of union members to the location; keys of our data are what counts.
     key = ".".join(str(part) for part in entry["loc"] if not str(part).startswith(("function-", "constrained-")))
     for tag in (".int", ".float", ".str", ".bool", ".list[str]", ".literal"):
