@@ -11,8 +11,8 @@ from support.models import FAMILIES, save_hf
 from steps.engine.checkpoint.convert import hf_to_megatron
 from steps.engine.checkpoint.hf import open_source
 from steps.engine.checkpoint.megatron import RUN_CONFIG, Checkpoint
-from steps.engine.checkpoint.run_config import model_config
 from steps.engine.model.decoder import Decoder, load_weights
+from steps.shapes.run_config import model_config
 
 pytest.importorskip("transformers", reason="extra parity")
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from support.models import save_hf
 
-from steps.config.peft import LoRA
+from steps.config.peft.lora import LoRA
 from steps.config.training import Optimizer
 from steps.engine.adapters import base
-from steps.engine.adapters.targets import linear_names, select
 from steps.engine.checkpoint import hf, mapping
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.train.loss import cross_entropy_sum
 from steps.engine.train.optim import AdamW, Gradients, clip
+from steps.shapes.targets import linear_names, select
 
 peft = pytest.importorskip("peft")
 

@@ -13,7 +13,7 @@ from support.run_step import run_step
 from steps.artifacts.record import Record, digest_files
 from steps.engine.checkpoint import megatron
 from steps.engine.checkpoint.convert import megatron_source
-from steps.engine.checkpoint.run_config import run_config
+from steps.shapes.run_config import run_config
 
 transformers = pytest.importorskip("transformers", reason="extra parity")
 peft = pytest.importorskip("peft", reason="extra parity")

@@ -18,8 +18,13 @@ from steps.config.validate import validate
 from steps.errors import ConfigError
 from steps.peft.megatron_bridge import schema
 from steps.peft.megatron_bridge.schema import BASE, DATA, Config
+from steps.shapes.model_config import ModelConfig
 
 FOLDER = Path(schema.__file__).parent
+SMOLLM2 = ModelConfig(
+    family="llama", num_layers=30, hidden_size=576, num_attention_heads=9, num_query_groups=3, kv_channels=64,
+    ffn_hidden_size=1536, vocab_size=49152, max_position_embeddings=8192, share_embeddings_and_output_weights=True,
+)  # fmt: skip
 
 
 def shipped(name: str, **sections) -> dict:
@@ -32,7 +37,7 @@ def shipped(name: str, **sections) -> dict:
 def artifacts(
     base: dict | None = None, data: dict | None = None, tmp_path: Path = Path("nowhere")
 ) -> dict[str, Artifact]:
-    base = {"tokenizer_digest": "a", "base_fingerprint": "f", "model": {"num_layers": 30}, **(base or {})}
+    base = {"tokenizer_digest": "a", "base_fingerprint": "f", "model": SMOLLM2.to_dict(), **(base or {})}
     data = {"tokenizer_digest": "a", "pack_size": 512, **(data or {})}
     return {
         BASE: Artifact(
@@ -124,7 +129,7 @@ def test_megatron_bridge_takes_keys_that_are_not_typed_here():
     [
         ({}, {"pack_size": 4096}, "seq_length_mismatch", "512 is not the pack_size of the data, 4096"),
         ({"tokenizer_digest": "b"}, {}, "tokenizer_mismatch", "another tokenizer than the base model"),
-        ({"model": {"num_layers": 0}}, {}, "target_not_found", "'linear_qkv' matches no module"),
+        ({"model": {**SMOLLM2.to_dict(), "num_layers": 0}}, {}, "target_not_found", "'linear_qkv' matches no module"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_by_name(base, data, name, message):

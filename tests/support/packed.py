@@ -12,9 +12,9 @@ import torch
 
 from steps.artifacts.record import Record, digest_files
 from steps.engine.checkpoint import megatron
-from steps.engine.checkpoint.run_config import run_config
 from steps.engine.model.decoder import Decoder
-from steps.engine.model_config import ModelConfig
+from steps.shapes.model_config import ModelConfig
+from steps.shapes.run_config import run_config
 
 SHAPE = ModelConfig(
     family="llama",

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from steps.engine.checkpoint import hf_config, mapping, megatron
+from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import hf_to_megatron, megatron_source
 from steps.engine.checkpoint.hf import open_source, write_directory
 from steps.engine.checkpoint.lazy import LazyTensor
 from steps.engine.checkpoint.merge import merge, open_adapter
-from steps.engine.checkpoint.run_config import run_config
-from steps.engine.model_config import ModelConfig
+from steps.shapes import hf_config
+from steps.shapes.model_config import ModelConfig
+from steps.shapes.run_config import run_config
 
 
 def model(layers: int) -> ModelConfig:

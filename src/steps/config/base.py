@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic_core import InitErrorDetails
 
 if TYPE_CHECKING:
     from steps.artifacts.opening import Artifact
@@ -25,6 +26,37 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="allow", strict=True, allow_inf_nan=False, defer_build=True, protected_namespaces=()
     )
+
+    @classmethod
+    def kinds(cls) -> Sequence[str]:
+        """For a section of several kinds: the values of its key `type`. Every other section has none."""
+        return ()
+
+    @classmethod
+    def variants(cls) -> "Mapping[str, type[Section]]":
+        """The class of each kind."""
+        return {kind: cls.variant({"type": kind}) for kind in cls.kinds()}
+
+    @classmethod
+    def variant(cls, data: Any) -> "type[Section]":
+        """The class that `data` is to be read as; the class itself where it is the only one."""
+        return cls
+
+
+def of_its_kind(section: type[Section]) -> Any:
+    """Annotation of a field that holds a section of several kinds: each value is read as its `type` says."""
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, section):
+            return value
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        if kind is not None and kind not in section.kinds():
+            expected = ", ".join(section.kinds())
+            fault = InitErrorDetails(type="literal_error", loc=("type",), input=kind, ctx={"expected": expected})  # type: ignore[typeddict-item]
+            raise ValidationError.from_exception_data(section.__name__, [fault])
+        return section.variant(value).model_validate(value)
+
+    return Annotated[section, PlainValidator(chosen)]
 
 
 def section(description: str) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from copy import copy
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -37,13 +38,13 @@ def validate(cls: type[C], data: Mapping[str, Any], sources: Mapping[str, str] |
     sources = sources or {}
     config, problems = _typed(cls, data, sources, "")
     notes: list[str] = []
-    for key, siblings in unknown_keys(cls, data):
+    for key, name, siblings in unknown_keys(cls, data):
         # A config that is invalid elsewhere cannot be asked; build what can be built, unchecked, to ask it.
         why = (config or cls.model_construct(**data)).accepts_unknown(key)
         if why:
             notes.append(f"{key}: {why}")
         else:
-            problems.append(_unknown(key, siblings, cls, sources))
+            problems.append(_unknown(key, name, siblings, cls, sources))
     if config is not None:
         problems += [_with_source(problem, sources) for problem in config.check_values()]
     if problems:
@@ -61,7 +62,7 @@ def check_section(
     """
     dot = f"{prefix}." if prefix else ""
     section, problems = _typed(cls, data, sources, dot)
-    problems += [_unknown(key, siblings, cls, sources) for key, siblings in unknown_keys(cls, data, dot)]
+    problems += [_unknown(key, name, siblings, cls, sources) for key, name, siblings in unknown_keys(cls, data, dot)]
     return section if not problems else None, problems
 
 
@@ -89,8 +90,8 @@ def _too_large(data: Any, sources: Mapping[str, str], prefix: str = "") -> Itera
         yield from _too_large(value, sources, f"{key}.")
 
 
-def unknown_keys(cls: type[BaseModel], data: Any, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Dotted keys of `data` that the model lacks, with the keys that exist beside each."""
+def unknown_keys(cls: type[BaseModel], data: Any, prefix: str = "") -> Iterator[tuple[str, str, list[str]]]:
+    """Dotted keys of `data` that the model lacks, each with its own name and the keys that exist beside it."""
     if not isinstance(data, Mapping):
         return
     known = keys(cls)
@@ -98,10 +99,10 @@ def unknown_keys(cls: type[BaseModel], data: Any, prefix: str = "") -> Iterator[
         key = f"{prefix}{name}"
         field = known.get(str(name))
         if field is None:
-            yield key, list(known)
+            yield key, str(name), list(known)
         elif (section := section_of(field.annotation)) is not None and section is not RunEnv:
             # Beyond the common ones, keys of run.env belong to the executor, which knows them.
-            yield from unknown_keys(section, value, f"{key}.")
+            yield from unknown_keys(section.variant(value), value, f"{key}.")
 
 
 def keys(cls: type[BaseModel]) -> dict[str, Any]:
@@ -121,8 +122,30 @@ def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
         section = section_of(info.annotation)
         if section is None:
             yield f"{prefix}{name}", info
+        elif variants := section.variants():
+            yield from _fields_of_all(variants, section.variant({}), f"{prefix}{name}.")
         else:
             yield from fields(section, f"{prefix}{name}.")
+
+
+def _fields_of_all(
+    variants: Mapping[str, type[Section]], default: type[Section], prefix: str
+) -> Iterator[tuple[str, Any]]:
+    """The leaves of a section of several kinds: the default kind's first, then the others' own with their names."""
+    order = [default, *(cls for cls in variants.values() if cls is not default)]
+    owners: dict[str, list[str]] = {}
+    infos: dict[str, Any] = {}
+    for cls in order:
+        for key, info in fields(cls, prefix):
+            owners.setdefault(key, []).append(next(name for name, other in variants.items() if other is cls))
+            infos.setdefault(key, info)
+    for key, info in infos.items():
+        told = copy(info)
+        if key == f"{prefix}type":
+            told.annotation = Literal[tuple(variants)]  # type: ignore[assignment]
+        elif len(owners[key]) < len(variants):
+            told.description = f"{info.description} ({', '.join(owners[key])})"
+        yield key, told
 
 
 def source_of(key: str, sources: Mapping[str, str]) -> str:
@@ -142,9 +165,13 @@ def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
     return Problem(**{**vars(problem), "source": problem.source or source_of(problem.where, sources)})
 
 
-def _unknown(key: str, siblings: list[str], cls: type[BaseModel], sources: Mapping[str, str]) -> Problem:
-    parent, _, name = key.rpartition(".")
-    if any(full == key for full, _ in fields(cls)):
+def _unknown(key: str, name: str, siblings: list[str], cls: type[BaseModel], sources: Mapping[str, str]) -> Problem:
+    parent = key.removesuffix(name).rstrip(".")
+    if owners := _owners(cls, parent, name):
+        what = f"is a setting of type {' and '.join(owners)}"
+        hint = f"Leave it out, or choose {parent}.type={owners[0]}."
+        return Problem(where=key, what=what, source=source_of(key, sources), hint=hint)
+    if "." in name and any(full == key for full, _ in fields(cls)):
         hint = f"Nest it in the YAML: {key.replace('.', ': {')}: …{'}' * key.count('.')}"
         return Problem(where=key, what="a key with dots", source=source_of(key, sources), hint=hint)
     hint = suggest(name, siblings)
@@ -156,6 +183,12 @@ def _unknown(key: str, siblings: list[str], cls: type[BaseModel], sources: Mappi
         hint = f"Did you mean {same[0]}?" if same else hint
     allowed = "" if hint else ", ".join(sorted(siblings))
     return Problem(where=key, what="unknown key", source=source_of(key, sources), allowed=allowed, hint=hint)
+
+
+def _owners(cls: type[BaseModel], parent: str, name: str) -> list[str]:
+    """The kinds of the section `parent` that have the key `name`; none where it has no kinds."""
+    section = section_of(info.annotation) if (info := keys(cls).get(parent)) is not None else None
+    return [kind for kind, other in section.variants().items() if name in keys(other)] if section else []
 
 
 def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix: str) -> Problem:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from support.packed import SHAPE, random_decoder
 
-from steps.config.peft import METHODS, LoRA
+from steps.config.peft import names as types
+from steps.config.peft import section_class
+from steps.config.peft.lora import LoRA
 from steps.engine.adapters import base
-from steps.engine.adapters.targets import linear_names, select
 from steps.errors import ConfigError
+from steps.shapes.targets import chosen
 
 IDS = torch.randint(SHAPE.vocab_size, (40,), generator=torch.Generator().manual_seed(0))
 BOUNDS = [0, 13, 40]
@@ -15,8 +17,7 @@ BOUNDS = [0, 13, 40]
 
 def adapted(section: LoRA, seed: int = 3, **options):
     decoder = random_decoder(**options)
-    names = select(section.target_modules, section.exclude_modules, linear_names(SHAPE.num_layers))
-    return base.attach(decoder, base.create(section, SHAPE), names, seed)
+    return base.attach(decoder, base.create(section, SHAPE), chosen(section, SHAPE.num_layers), seed)
 
 
 def shake(adapters, seed: int = 5) -> None:
@@ -27,8 +28,8 @@ def shake(adapters, seed: int = 5) -> None:
 
 
 def test_every_typed_section_has_its_method_and_the_other_way_round():
-    assert set(METHODS) == set(base.methods())
-    assert all(section.model_fields["type"].default == name for name, section in METHODS.items())
+    assert types() == list(base.methods())
+    assert all(section_class(name).model_fields["type"].default == name for name in types())
 
 
 def test_a_fresh_adapter_changes_nothing():
@@ -100,9 +101,9 @@ def test_the_start_depends_on_seed_and_name_alone():
 
 @pytest.mark.parametrize(("how", "variance"), [("xavier", 2 / 1064), ("uniform", 2 / 1064), ("kaiming", 1 / 3000)])
 def test_start_of_linear_in(how, variance):
-    from steps.engine.adapters.lora import start
+    from steps.engine.adapters.starts import matrix
 
-    weight = start(how, 64, 1000, base.generator(0, "x"))
+    weight = matrix(how, 64, 1000, base.generator(0, "x"))
     assert weight.var().item() == pytest.approx(variance, rel=0.02)
     bounded = weight.abs().max().item() <= (3 * variance) ** 0.5 * 1.0001
     assert bounded == (how != "xavier")

@@ -6,10 +6,10 @@ import pytest
 from support.models import FAMILIES, hf_config
 
 from steps.config import yaml12
-from steps.engine.checkpoint import hf_config as ours
-from steps.engine.checkpoint.run_config import model_config, run_config
-from steps.engine.model_config import ModelConfig
 from steps.errors import ArtifactError
+from steps.shapes import hf_config as ours
+from steps.shapes.model_config import ModelConfig
+from steps.shapes.run_config import model_config, run_config
 
 
 def parsed(data, dtype="float32"):

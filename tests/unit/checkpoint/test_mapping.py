@@ -7,8 +7,8 @@ import torch
 
 from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.lazy import lazy
-from steps.engine.model_config import ModelConfig
 from steps.errors import ArtifactError
+from steps.shapes.model_config import ModelConfig
 
 CONFIG = ModelConfig(
     family="qwen2",

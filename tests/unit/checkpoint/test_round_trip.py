@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from support.models import FAMILIES, save_hf
 
-from steps.engine.checkpoint import hf_config
 from steps.engine.checkpoint.convert import described_by, hf_to_megatron, megatron_source, to_hf_directory
 from steps.engine.checkpoint.fingerprint import fingerprint
 from steps.engine.checkpoint.hf import open_source
 from steps.errors import ArtifactError
+from steps.shapes import hf_config
 
 pytest.importorskip("transformers", reason="extra parity")
 

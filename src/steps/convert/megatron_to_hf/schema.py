@@ -7,8 +7,8 @@ from pydantic import Field
 
 from steps.artifacts.opening import Artifact, is_hub_id
 from steps.config.base import StepConfig
-from steps.engine.checkpoint import hf_config
 from steps.errors import Problem
+from steps.shapes import hf_config
 
 
 class Config(StepConfig):

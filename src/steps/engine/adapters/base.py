@@ -1,16 +1,18 @@
 """What an adapter method is, and the registry of methods.
 
-A method is one file in this folder plus its typed section in `steps.config.peft`:
+A method is one file in this folder plus its typed section, a file of the same name in `steps.config.peft`:
 
     @register("lora")
     class LoRAMethod(Method[LoRA]):
-        def build(self, name, linear, generator): ...     # the trained module of one linear
-        def merge(self, name, weight, tensors, shared): ...   # the adapted weight, a pure function
+        def build(self, target): ...                          # the trained module of one linear
+        def factors(self, name, tensors, shared): ...         # what it adds to the weight, as B and A: a pure function
 
 `build` returns an Adapter, which becomes the linear's child `adapter`: its parameters and buffers are, without further
-ado, what is trained, saved as `<linear>.adapter.<tensor>` and loaded. Everything else has a default: what all linears
-share (`shared`), learning rate and weight decay per parameter (`group`), a term of the loss (`penalty`), and something
-to do after each optimizer step (`after_step`).
+ado, what is trained, saved as `<linear>.adapter.<tensor>` and loaded. From `factors` follow merging and the export to
+Hugging Face PEFT; a method without a factor form writes `merge` itself. Everything else has a default: what all linears
+share (`shared`), a start that depends on data (`start`), learning rate and weight decay per parameter (`group`), a term
+of the loss (`penalty`), something to do after each optimizer step (`after_step`), what a checkpoint holds if that is
+not simply the module's state (`Adapter.saved`, `Adapter.memory`), and what the run reports at its end (`report`).
 """
 
 from __future__ import annotations
@@ -19,32 +21,90 @@ import hashlib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from steps.config.peft import METHODS, Peft
+from steps.config.peft import Peft, names, section_class
+from steps.engine.checkpoint.mapping import part_view
+from steps.engine.data.batches import MicroBatch
 from steps.engine.model.decoder import Decoder
 from steps.engine.model.layers import Linear
-from steps.engine.model_config import ModelConfig
 from steps.errors import ConfigError, Problem, suggest
+from steps.shapes.model_config import ModelConfig
+from steps.shapes.targets import home
 
 S = TypeVar("S", bound=Peft)
 
 
 class Adapter(nn.Module):
-    """The trained part of one linear. Its tensors are independent of the base: merging needs nothing else."""
+    """The trained part of one linear. What it saves is all that merging needs besides the base weight."""
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         """The whole output of the adapted linear, base included.
 
         x: [tokens, in] in the base's compute dtype, normalized where the linear holds a norm; returns [tokens, out].
-        The frozen part is `linear.project(x)`; a method that needs the weight itself reads `linear.weight`.
+        The frozen part is `linear.project(x)`; a method that needs the weight itself asks `linear.dense()`.
         """
         raise NotImplementedError
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by name; of one shape for all layers. Not copied."""
+        return self.state_dict(keep_vars=True)
+
+    def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill from what `saved` returned: same names and shapes."""
+        with torch.no_grad():
+            for name, tensor in self.state_dict(keep_vars=True).items():
+                tensor.copy_(tensors[name])
+
+    def memory(self) -> dict[str, Tensor]:
+        """What going on with the training needs beyond `saved`: smoothed statistics, for example. Not copied."""
+        return {}
+
+    def load_memory(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill from what `memory` returned; called after `load_saved`."""
+        with torch.no_grad():
+            for name, tensor in self.memory().items():
+                tensor.copy_(tensors[name])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear that gets an adapter.
+
+    name:  its full name.   parts: which parts of a fused linear are adapted, by canonical methods; () for all others.
+    """
+
+    name: str
+    linear: Linear
+    parts: tuple[str, ...]
+    seed: int
+
+    def generator(self, part: str = "") -> torch.Generator:
+        """What to draw the start from: a CPU stream that depends on the run's seed, the linear and the part alone, so
+        that a start depends neither on what else is adapted nor on the number of processes."""
+        return generator(self.seed, f"{self.name}.{part}" if part else self.name)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """scale * b @ a, the update of a linear or of one part of it.
+
+    a: [r, in], b: [out, r], float32.   magnitude: [out], DoRA's; None for plain low-rank updates.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    def delta(self) -> Tensor:
+        """The update [out, in], float32: the product first, then the scale, as peft rounds it."""
+        return (self.b @ self.a).mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -56,38 +116,57 @@ class Group:
 
 
 class Method(ABC, Generic[S]):
-    """One adapter method with its settings, for one model shape. Stateless: what is trained lives in the modules."""
+    """One adapter method with its settings, for one model shape. What is trained lives in the modules, not here."""
 
     type: ClassVar[str]
-    #: Megatron-Bridge's class of the same method, with the same fields as the section; '' where it has none.
+    #: Megatron-Bridge's class of the same method; '' where it has none. Its fields: `section.bridge_section()`.
     bridge_class: ClassVar[str] = ""
 
     def __init__(self, section: S, model: ModelConfig) -> None:
         self.section, self.model = section, model
 
     @abstractmethod
-    def build(self, name: str, linear: Linear, generator: torch.Generator) -> Adapter:
-        """The adapter of the linear called `name`, initialized, on the CPU.
+    def build(self, target: Target) -> Adapter:
+        """The adapter of one linear, initialized, on the CPU."""
 
-        Draw from `generator` only: it is seeded by the run's seed and `name`, so the start depends neither on the order
-        nor on the number of processes.
+    def factors(self, name: str, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Mapping[str, Factors]:
+        """What the adapter adds to the weight, by part of a fused linear ("linear_q"), or under '' for the whole. Pure.
+
+        name:    the linear's full name.
+        tensors: what `Adapter.saved` returned, any dtype.
+        shared:  the same of `shared()`, by their own names; empty for most methods.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def merge(self, name: str, weight: Tensor, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
         """The weight [out, in] float32 of a plain linear that does what base and adapter do together. Pure.
 
-        name:    the linear's full name.   weight: its base weight [out, in], float32.
-        tensors: the adapter's, by their names behind `.adapter.` (`linear_in.weight`), any dtype.
-        shared:  those of `shared()`, by their own names; empty for most methods.
+        weight: the linear's base weight [out, in], float32. The rest as for `factors`.
         """
+        merged = weight.clone()
+        for part, factors in self.factors(name, tensors, shared).items():
+            rows = part_view(self.model, part, merged.T)  # [in, …], the part's outputs behind
+            rows += factors.delta().T.reshape(rows.shape)
+        return merged
 
-    def shared(self, linears: Mapping[str, Linear], generator: torch.Generator) -> nn.Module | None:
+    def shared(self, targets: Sequence[Target], generator: torch.Generator) -> nn.Module | None:
         """Trained tensors that belong to no single linear (a bank of vectors); saved as `adapter.<tensor>`.
 
         Built before the adapters and handed to them by the method itself.
         """
         return None
+
+    @property
+    def calibration_rows(self) -> int:
+        """Packed rows of the train split that `start` wants to see."""
+        return 0
+
+    def start(self, adapters: Adapters, batches: Sequence[MicroBatch]) -> None:
+        """Called once, on every process, when a fresh run begins (never on a resume), with all adapters in place.
+
+        For a start that depends on data. batches: `calibration_rows` packed rows, one each, on the decoder's device.
+        Must come to the same result on every process.
+        """
 
     def group(self, name: str, parameter: nn.Parameter) -> Group:
         """Megatron's rule: weight decay for matrices, none for vectors and scalars."""
@@ -100,8 +179,12 @@ class Method(ABC, Generic[S]):
     def after_step(self, adapters: Adapters, iteration: int, train_iters: int) -> None:
         """Called on every process after optimizer step `iteration` (from 1), gradients still in place.
 
-        Must come to the same result on every process and keep its state in buffers of the adapters, which are saved.
+        Must come to the same result on every process and keep its state where `Adapter.saved` or `memory` finds it.
         """
+
+    def report(self, adapters: Adapters) -> dict[str, Any]:
+        """What the record of the checkpoint says of the result beyond the settings: final ranks, for example."""
+        return {}
 
 
 _METHODS: dict[str, type[Method[Any]]] = {}
@@ -112,6 +195,7 @@ def register(name: str) -> Callable[[type[Method[Any]]], type[Method[Any]]]:
 
     def add(method: type[Method[Any]]) -> type[Method[Any]]:
         assert name not in _METHODS, f"two methods named {name}"
+        assert name in names(), f"{name} has no section in steps.config.peft"
         method.type = name
         _METHODS[name] = method
         return method
@@ -133,18 +217,18 @@ def create(section: Peft | Mapping[str, Any], model: ModelConfig) -> Method[Any]
     Raises ConfigError for a type that is not registered.
     """
     type = section.type if isinstance(section, Peft) else str(section.get("type"))
-    known = methods()
-    if type not in known:
+    if type not in names():
         problem = Problem(
             where="peft.type",
             what=f"{type!r} is no adapter method",
-            allowed=", ".join(known),
-            hint=suggest(type, known),
+            allowed=", ".join(names()),
+            hint=suggest(type, names()),
         )
         raise ConfigError(problem)
+    importlib.import_module(f"steps.engine.adapters.{type}")
     if not isinstance(section, Peft):
-        section = METHODS[type].model_validate(dict(section))
-    return known[type](section, model)
+        section = section_class(type).model_validate(dict(section))
+    return _METHODS[type](section, model)
 
 
 @dataclass(frozen=True)
@@ -164,43 +248,63 @@ class Adapters:
         return {name: value for name, value in self.decoder.named_parameters() if value.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: trained parameters and the adapters' buffers, by full name. Not copied."""
-        return dict(self._state())
+        """What a checkpoint holds, by full name: the trained parameters, or what stands for them. Not copied."""
+        own = {} if self.shared is None else self.shared.state_dict(prefix="adapter.", keep_vars=True)
+        return {**own, **self._named(lambda module: module.saved())}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill every tensor of `tensors()`. Raises ValueError for one that is absent, left over or of another shape."""
-        mine = dict(self._state())
+        """Fill from what `tensors` returned. Raises ValueError for one absent, left over or of another shape."""
+        mine = self.tensors()
         if odd := set(mine) ^ set(tensors):
             name = min(odd)
             raise ValueError(f"{name} is {'not in the checkpoint' if name in mine else 'in the checkpoint only'}")
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                if tensor.shape != tensors[name].shape:
-                    raise ValueError(f"{name}: shape {list(tensors[name].shape)}, expected {list(tensor.shape)}")
-                tensor.copy_(tensors[name])
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in mine.items():
+            if tensor.shape != tensors[name].shape:
+                raise ValueError(f"{name}: shape {list(tensors[name].shape)}, expected {list(tensor.shape)}")
         if self.shared is not None:
-            yield from self.shared.state_dict(prefix="adapter.", keep_vars=True).items()
+            self.shared.load_state_dict({name: tensors[f"adapter.{name}"] for name in self.shared.state_dict()})
         for name, module in self.modules.items():
-            yield from module.state_dict(prefix=f"{name}.adapter.", keep_vars=True).items()
+            module.load_saved({key: tensors[f"{name}.adapter.{key}"] for key in module.saved()})
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a resumed run needs beyond `tensors`, by full name. Not copied."""
+        return self._named(lambda module: module.memory())
+
+    def load_memory(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill from what `memory` returned; after `load`. Raises ValueError when it belongs to another adapter."""
+        if set(tensors) != set(self.memory()):
+            raise ValueError("what the adapter method remembers belongs to other linears")
+        for name, module in self.modules.items():
+            module.load_memory({key: tensors[f"{name}.adapter.{key}"] for key in module.memory()})
+
+    def _named(self, of: Callable[[Adapter], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            f"{name}.adapter.{key}": tensor
+            for name, module in self.modules.items()
+            for key, tensor in of(module).items()
+        }
 
 
-def attach(decoder: Decoder, method: Method[Any], targets: Sequence[str], seed: int) -> Adapters:
-    """Put an adapter on each of the linears named by `targets` (full names, see targets.py).
+def attach(decoder: Decoder, method: Method[Any], names: Sequence[str], seed: int) -> Adapters:
+    """Put adapters on the linears, or parts of linears, called `names` (full names, see shapes/targets.py).
 
     After this exactly the adapters' parameters require gradients.
     """
-    linears = {name: linear for name, linear in decoder.linears().items() if name in set(targets)}
-    assert len(linears) == len(set(targets)), "targets must be names of the decoder's linears"
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        linear, part = home(name)
+        wanted.setdefault(linear, []).extend([part] if part else [])
+    linears = decoder.linears()
+    assert set(wanted) <= set(linears), "targets must be names of the decoder's linears"
+    targets = [Target(name, linears[name], tuple(wanted[name]), seed) for name in linears if name in wanted]
     device = decoder.output_weight.device
-    shared = method.shared(linears, generator(seed, "adapter"))
+    shared = method.shared(targets, generator(seed, "adapter"))
     if shared is not None:
         decoder.add_module("adapter", shared.to(device))
     modules = {}
-    for name, linear in linears.items():
-        modules[name] = method.build(name, linear, generator(seed, name)).to(device)
-        linear.adapter = modules[name]
+    for target in targets:
+        modules[target.name] = method.build(target).to(device)
+        target.linear.adapter = modules[target.name]
     return Adapters(decoder, method, modules, shared)
 
 

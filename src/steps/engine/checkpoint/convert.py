@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steps.engine.checkpoint import hf_config, mapping, megatron
+from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.fingerprint import Fingerprint
 from steps.engine.checkpoint.hf import SHARD_BYTES, SIDE_FILES, Source, side_files, write_directory
 from steps.engine.checkpoint.lazy import LazyTensors
-from steps.engine.checkpoint.run_config import MEGATRON_ROPE, model_config, run_config
-from steps.engine.model_config import ModelConfig
 from steps.engine.progress import SILENT, Progress
 from steps.errors import ArtifactError
+from steps.shapes import hf_config
+from steps.shapes.model_config import ModelConfig
+from steps.shapes.run_config import MEGATRON_ROPE, model_config, run_config
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steps.engine.checkpoint import hf_config
 from steps.engine.checkpoint.gguf_header import StoredTensor, read_header
 from steps.engine.checkpoint.hf import Source
 from steps.engine.checkpoint.lazy import LazyTensor
 from steps.errors import ArtifactError, Problem
+from steps.shapes import hf_config
 
 #: GGUF architectures and their Hugging Face family. Mistral models are stored as arch llama.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

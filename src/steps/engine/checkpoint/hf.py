@@ -16,13 +16,13 @@ from torch import Tensor
 
 from steps.artifacts.checkpoint import INDEX
 from steps.artifacts.opening import is_hub_id
-from steps.engine.checkpoint import hf_config
 from steps.engine.checkpoint.dcp import damaged
 from steps.engine.checkpoint.fingerprint import DTYPE_NAMES, raw
 from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
-from steps.engine.model_config import ModelConfig
 from steps.engine.progress import SILENT, Progress
 from steps.errors import ArtifactError, Problem
+from steps.shapes import hf_config
+from steps.shapes.model_config import ModelConfig
 
 #: Files of a model directory, besides weights and tokenizer, that are carried along as they are.
 SIDE_FILES = ("config.json", "generation_config.json")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
-from steps.engine.model_config import ModelConfig
 from steps.errors import ArtifactError, Problem
+from steps.shapes.model_config import ModelConfig
+from steps.shapes.targets import PARTS
 
 _PADDED = frozenset(("embedding.word_embeddings.weight", "output_layer.weight"))
 
@@ -30,6 +31,21 @@ def _split_qkv(config: ModelConfig, whole: Tensor) -> list[Tensor]:
     grouped = whole.view(config.num_query_groups, -1, *whole.shape[1:])
     sizes = [queries, config.kv_channels, config.kv_channels]
     return [part.flatten(0, 1) for part in torch.split(grouped, sizes, dim=1)]
+
+
+def part_view(config: ModelConfig, part: str, tensor: Tensor) -> Tensor:
+    """The outputs of one part of a fused linear, as a view of the whole: what is written there lands in `tensor`.
+
+    part:   "linear_q", …, as in shapes/targets.py; '' (or a linear that is not fused) for all of it.
+    tensor: [..., out of the fused linear]. Returns [..., groups, heads, D] for a part of linear_qkv, else [..., out].
+    """
+    if part in PARTS["linear_qkv"]:
+        grouped = tensor.view(*tensor.shape[:-1], config.num_query_groups, -1, config.kv_channels)
+        at = {"linear_q": slice(0, -2), "linear_k": slice(-2, -1), "linear_v": slice(-1, None)}[part]
+        return grouped[..., at, :]
+    if part in PARTS["linear_fc1"]:
+        return tensor.chunk(2, dim=-1)[PARTS["linear_fc1"].index(part)]
+    return tensor
 
 
 def _join_rows(config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def open_adapter(path: Path, iteration: int | None = None) -> Adapter:
 
 
 def _peft_section(checkpoint: megatron.Checkpoint) -> dict[str, Any]:
+    own = checkpoint.run_config.get("adapter")
+    if isinstance(own, Mapping) and "type" in own:
+        return dict(own)
     section = checkpoint.run_config.get("peft")
     where = f"{checkpoint.folder / megatron.RUN_CONFIG}: peft"
     if not isinstance(section, Mapping):
@@ -75,8 +79,13 @@ def _peft_section(checkpoint: megatron.Checkpoint) -> dict[str, Any]:
         for key, value in section.items()
         if key != "_target_"
     }
-    plain.setdefault("type", str(section.get("_target_", "")).rpartition(".")[2].lower())
+    plain.setdefault("type", _snake_case(str(section.get("_target_", "")).rpartition(".")[2]))
     return plain
+
+
+def _snake_case(name: str) -> str:
+    """canonical_lora for CanonicalLoRA, the name of Megatron-Bridge's class."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().replace("lo_ra", "lora").replace("do_ra", "dora")
 
 
 def merge(

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from steps.engine.adapters import targets
 from steps.engine.megatron_bridge.findings import Findings
 from steps.engine.megatron_bridge.values import construct
 from steps.errors import suggest
+from steps.shapes import targets
 
 #: What Megatron-Bridge's ParallelLinearAdapter can start a matrix with. It would say so only after the model is built.
 INIT_METHODS = ("xavier", "normal", "kaiming", "zero")

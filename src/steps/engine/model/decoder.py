@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from steps.engine.model.layers import Documents, Linear, TransformerLayer, Weight
 from steps.engine.model.pointwise import rms_norm
 from steps.engine.model.rotary import inverse_frequencies, rotation
-from steps.engine.model_config import ModelConfig
+from steps.shapes.model_config import ModelConfig
 
 
 class _Embedding(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from steps.engine.model.attention import attend
 from steps.engine.model.pointwise import rms_norm, swiglu
 from steps.engine.model.rotary import rotate
-from steps.engine.model_config import ModelConfig
+from steps.shapes.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,16 @@ class Linear(nn.Module):
         self.bias = frozen(out_features) if bias else None
         self.adapter: nn.Module | None = None
 
-    def project(self, x: Tensor) -> Tensor:
-        """The frozen product. x: [tokens, in]; returns [tokens, out]. No gradient of the weight is ever computed."""
-        return F.linear(x, self.weight, self.bias)
+    def dense(self) -> Tensor:
+        """The frozen weight [out, in] in the compute dtype, for methods that look at it. Not to be kept or changed."""
+        return self.weight
+
+    def project(self, x: Tensor, *, bias: bool = True) -> Tensor:
+        """The frozen product. x: [tokens, in]; returns [tokens, out]. No gradient of the weight is ever computed.
+
+        bias: False leaves the bias out.
+        """
+        return F.linear(x, self.weight, self.bias if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steps.engine.model_config import ModelConfig
+from steps.shapes.model_config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

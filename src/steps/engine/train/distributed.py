@@ -35,6 +35,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Give every process what process 0 holds, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from steps.artifacts.record import Record
 from steps.engine.adapters import base as adapters
-from steps.engine.adapters import targets
 from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.lazy import LazyTensors
-from steps.engine.checkpoint.run_config import model_config
+from steps.engine.data.batches import Order, read
 from steps.engine.data.shards import PackedSplit
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.progress import Progress
@@ -26,6 +25,9 @@ from steps.engine.train.precision import compute_dtype
 from steps.engine.train.resume import too_far
 from steps.engine.train.saving import Position, Saver, finished, place, restore, source
 from steps.errors import ArtifactError, ConfigError, Problem
+from steps.shapes import targets
+from steps.shapes.account import misfits
+from steps.shapes.run_config import model_config
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         found, position = source(plan), Position()
         if found is not None:
             position = restore(found, plan, trained, optimizer)
+        else:
+            _start(plan, trained, train_split, here)
         counts = _counts(trained)
         saver = Saver(plan, base, record, counts)
         _announce(plan, trained, counts["trainable_parameters"], position, found, progress)
@@ -86,9 +90,7 @@ def _model(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress
     """The base model, frozen, with fresh adapters on the targets."""
     shape = model_config(base.run_config, str(base.folder / megatron.RUN_CONFIG))
     dtype = compute_dtype(plan.train.precision, shape.params_dtype, device)
-    names = targets.linear_names(shape.num_layers)
-    wanted = (plan.peft.target_modules, plan.peft.exclude_modules, names)
-    if problems := list(targets.problems(*wanted)):
+    if problems := list(misfits(plan.peft, shape)):
         raise ConfigError(problems)
     recompute = plan.train.recompute_granularity == "full"
     decoder = Decoder(shape, dtype=dtype, device=device, recompute=recompute)
@@ -96,7 +98,17 @@ def _model(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress
         load_weights(decoder, _loaded(mapping.unpadded(shape, base.tensors), progress))
     except ValueError as error:
         raise ArtifactError(Problem(where="checkpoint.pretrained_checkpoint", what=str(error))) from error
-    return adapters.attach(decoder, adapters.create(plan.peft, shape), targets.select(*wanted), plan.rng.seed)
+    method = adapters.create(plan.peft, shape)
+    return adapters.attach(decoder, method, targets.chosen(plan.peft, shape.num_layers), plan.rng.seed)
+
+
+def _start(plan: Plan, trained: adapters.Adapters, split: PackedSplit, here: World) -> None:
+    """The start of a fresh run: what the method wants to see of the data, and the same adapters on every process."""
+    order = Order(len(split), plan.rng.seed)
+    rows = range(min(trained.method.calibration_rows, len(split)))
+    trained.method.start(trained, [read(split, [order[row]]).to(here.device) for row in rows])
+    for tensor in trained.tensors().values():
+        here.broadcast(tensor.detach())
 
 
 def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Tensor]]:
@@ -122,8 +134,7 @@ def _check_sizes(plan: Plan, here: World, rows: int) -> None:
 
 def _counts(trained: adapters.Adapters) -> dict[str, int]:
     trainable = sum(value.numel() for value in trained.parameters().values())
-    everything = sum(value.numel() for value in trained.decoder.parameters())
-    return {"parameters": everything - trainable, "trainable_parameters": trainable}
+    return {"parameters": trained.decoder.config.parameters, "trainable_parameters": trainable}
 
 
 def _announce(

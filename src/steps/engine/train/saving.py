@@ -94,6 +94,7 @@ def restore(checkpoint: megatron.Checkpoint, plan: Plan, adapters: Adapters, opt
         raise ArtifactError(problems)
     try:
         adapters.load({name: tensor.load() for name, tensor in checkpoint.tensors.items()})
+        adapters.load_memory(state.get("method", {}))
         optimizer.load(state["optimizer"])
     except ValueError as error:
         raise ArtifactError(f"{checkpoint.folder} does not fit: {error}") from error
@@ -152,6 +153,7 @@ class Saver:
                 "iteration": position.iteration,
                 "consumed_samples": position.consumed_samples,
                 "history": position.history,
+                "method": {name: tensor.detach() for name, tensor in adapters.memory().items()},
                 "optimizer": optimizer.state(),
             },
         )
@@ -179,7 +181,8 @@ class Saver:
         facts = {name: value for name, value in self.plan.facts.items() if name != "data_digest"}
         return {
             **facts, "method": self.plan.peft.type, **main, "peft": section, "iteration": position.iteration,
-            "finished": finished, **position.history, **self.counts, "identity": self.plan.identity(),
+            "finished": finished, **adapters.method.report(adapters), **position.history, **self.counts,
+            "identity": self.plan.identity(),
             "compute_dtype": _compute_dtype(adapters), **({"rollback": self.rollback} if self.rollback else {}),
         }  # fmt: skip
 
@@ -189,16 +192,17 @@ class Saver:
         return {
             **base,
             "peft": _peft_section(method),
+            # Ours beside it, which Megatron-Bridge ignores: all settings, in our names.
+            "adapter": method.section.model_dump(),
             "checkpoint": {**checkpoint, "pretrained_checkpoint": str(self.plan.base_dir.resolve())},
         }
 
 
 def _peft_section(method: Method[Any]) -> dict[str, Any]:
-    """The method's settings as Megatron-Bridge writes them where it knows the method, as ours otherwise."""
-    section: dict[str, Any] = method.section.model_dump()
-    if not method.bridge_class:
-        return section
-    del section["type"]
+    """The method's settings as Megatron-Bridge writes them where it has the method, as ours otherwise."""
+    section: dict[str, Any] | None = method.section.bridge_section()
+    if section is None or not method.bridge_class:
+        return dict(method.section.model_dump())
     dtypes = {
         name: {"_target_": f"torch.{value}", "_call_": False}
         for name, value in section.items()

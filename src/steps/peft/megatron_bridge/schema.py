@@ -10,13 +10,14 @@ from pydantic import Field
 from steps.artifacts import record
 from steps.artifacts.opening import Artifact
 from steps.config import training
-from steps.config.base import Section, StepConfig, section
-from steps.config.peft import LoRA
-from steps.engine.adapters import targets
+from steps.config.base import Section, StepConfig, of_its_kind, section
+from steps.config.peft import Peft
 from steps.engine.train import resume
 from steps.engine.train.plan import Plan, mismatches
 from steps.errors import ArtifactError, Problem
 from steps.preflight import lookup
+from steps.shapes.account import misfits
+from steps.shapes.model_config import ModelConfig
 
 BASE, DATA = "checkpoint.pretrained_checkpoint", "dataset.nano3_packed_sft_dir"
 _PARALLEL = (
@@ -38,7 +39,7 @@ class Config(StepConfig):
     train: training.Train = Field(description="How long and in which batches")
     optimizer: training.Optimizer = section("AdamW")
     scheduler: training.Scheduler = section("Learning rate")
-    peft: LoRA = section("The adapter method")
+    peft: of_its_kind(Peft) = section("The adapter method")  # type: ignore[valid-type]
     checkpoint: training.Checkpoint = Field(description="What is loaded and saved")
     logger: training.Logger = section("Where numbers go")
     rng: training.Rng = section("Randomness")
@@ -85,6 +86,7 @@ class Config(StepConfig):
         if optimizer.min_lr > optimizer.lr:
             what = f"{optimizer.min_lr} is above optimizer.lr ({optimizer.lr})"
             yield Problem(where="optimizer.min_lr", what=what)
+        yield from self.peft.check(train.train_iters)
         if self.chosen_engine == "torch":
             yield from self._check_torch()
         elif self.chosen_engine == "megatron_bridge" and self.recipe.target is None:
@@ -119,8 +121,7 @@ class Config(StepConfig):
                 name="tokenizer_mismatch", hint="Pack them again with the base model's tokenizer.",
             )  # fmt: skip
         if (model := base.get("model")) and "num_layers" in model:
-            names = targets.linear_names(model["num_layers"])
-            yield from targets.problems(self.peft.target_modules, self.peft.exclude_modules, names)
+            yield from misfits(self.peft, ModelConfig(**model))
         yield from self._check_destination(inputs)
 
     def _check_destination(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:

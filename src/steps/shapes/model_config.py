@@ -48,6 +48,15 @@ class ModelConfig:
         """Columns of linear_proj: heads * D."""
         return self.num_attention_heads * self.kv_channels
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model; a tied output layer counts once."""
+        hidden = self.hidden_size
+        layer = self.qkv_size * hidden + hidden * self.query_size + 3 * self.ffn_hidden_size * hidden + 2 * hidden
+        layer += self.qkv_size * self.add_qkv_bias + 2 * self.kv_channels * self.qk_layernorm
+        tables = 1 if self.share_embeddings_and_output_weights else 2
+        return tables * self.vocab_size * hidden + self.num_layers * layer + hidden
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for run_config.yaml and artifact records."""
         return asdict(self)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from steps.engine.model_config import ModelConfig
 from steps.errors import ArtifactError, Problem
+from steps.shapes.model_config import ModelConfig
 
 PROVIDERS = {
     "llama": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",

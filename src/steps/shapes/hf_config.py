@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steps.engine.model_config import ModelConfig
 from steps.errors import ArtifactError, Problem, suggest
+from steps.shapes.model_config import ModelConfig
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

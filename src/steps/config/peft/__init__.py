@@ -1,0 +1,107 @@
+"""The `peft` section. One file per adapter method, called as `peft.type` calls it, holding its class as `SECTION`.
+
+A file is imported when its method is asked for: a dry run pays for one method only. What a method trains is arithmetic
+on shapes and stands here too (`trainable`, `shared_trainable`), so that it can be told without torch; the battery of
+tests holds the engine to it.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from steps.config.base import Section
+from steps.errors import Problem
+
+DEFAULT = "lora"
+
+
+class Quantization(Section):
+    """The frozen base in few bits (QLoRA, arXiv 2305.14314): dequantized where it is used, never kept wide."""
+
+    type: Literal["nf4", "int8"] = Field("nf4", description="nf4: 4-bit NormalFloat; int8: symmetric 8 bits")
+    double_quant: bool = Field(True, description="Quantize the scales too (blocks of 256 of them, 8 bits)")
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="Values that share one scale")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype that weights are dequantized to for the products (default: as train.precision says)"
+    )
+
+
+class Peft(Section):
+    """What every adapter method has."""
+
+    #: Whether the method adapts q, k, v, gate and up by themselves (`linear_q`, …) instead of Megatron's fused linears.
+    canonical: ClassVar[bool] = False
+    #: Whether its tensors are two factors A and B for each linear, so that they can go to Hugging Face's PEFT format.
+    has_factors: ClassVar[bool] = True
+
+    type: str = Field(description="Adapter method")
+    target_modules: list[str] = Field(
+        default=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        description="Linears to adapt: module names, or full names with wildcards (*.layers.0.*.linear_qkv)",
+    )
+    exclude_modules: list[str] = Field(
+        default=[], description="Adapt every linear but these, named the same way; instead of target_modules"
+    )
+    match_all_linear: bool = Field(False, description="Adapt every linear, whatever target_modules says")
+    quantization: Quantization | None = Field(
+        None, description="Hold the frozen base in few bits (QLoRA); null: as it is"
+    )
+
+    @classmethod
+    def kinds(cls) -> Sequence[str]:
+        return names() if cls is Peft else ()
+
+    @classmethod
+    def variant(cls, data: Any) -> Any:
+        if cls is not Peft:
+            return cls
+        method = data.get("type", DEFAULT) if isinstance(data, Mapping) else DEFAULT
+        return section_class(method if method in names() else DEFAULT)
+
+    def trainable(self, out_features: int, in_features: int) -> int:
+        """Parameters that the method trains on one linear (or part of one) of that shape."""
+        raise NotImplementedError
+
+    def shared_trainable(self) -> int:
+        """Parameters that belong to no single linear."""
+        return 0
+
+    def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
+        """What does not fit a model. shapes: (out, in) of each kind of target ("linear_qkv")."""
+        return iter(())
+
+    def check(self, train_iters: int) -> Iterator[Problem]:
+        """What is wrong between the section's own keys, and with the length of the run."""
+        if self.exclude_modules and "target_modules" in self.model_fields_set and self.target_modules:
+            yield Problem(
+                where="peft.exclude_modules",
+                what="target_modules and exclude_modules are both given",
+                hint="Leave one of the two out; peft.target_modules=[] adapts every linear but the excluded ones.",
+            )
+
+    def bridge_section(self) -> dict[str, Any] | None:
+        """The settings as the fields of Megatron-Bridge's class of the same method; None where it has no such method,
+        or no such setting of it."""
+        return None
+
+    @property
+    def targets_asked(self) -> Sequence[str]:
+        """target_modules as they take effect: none of them (every linear) beside exclude_modules."""
+        return [] if self.match_all_linear or self.exclude_modules else self.target_modules
+
+
+@cache
+def names() -> list[str]:
+    """Every `peft.type`, in order."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+@cache
+def section_class(method: str) -> type[Peft]:
+    """The section of a method. `method` must be one of `names()`."""
+    section: type[Peft] = importlib.import_module(f"{__name__}.{method}").SECTION
+    return section

@@ -1,0 +1,59 @@
+"""What the methods share that add B A to a weight."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steps.config.peft import Peft
+from steps.errors import Problem
+
+
+class LowRank(Peft):
+    """A rank-dim update in two factors, scaled by alpha / dim."""
+
+    dim: int = Field(32, ge=1, description="Rank of the update")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / dim")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of values dropped on the adapter's path while training")
+    dropout_position: Literal["pre", "post"] = Field("pre", description="Drop before linear_in or after linear_out")
+    lora_A_init_method: Literal["xavier", "uniform", "kaiming"] = Field(  # noqa: N815
+        "xavier", description="Start of linear_in: xavier normal, xavier uniform, or kaiming uniform as peft has it"
+    )
+    lora_B_init_method: Literal["zero"] = Field(  # noqa: N815
+        "zero", description="Start of linear_out: zero, so that training starts from the base model"
+    )
+    lora_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype of the adapter's parameters (default float32; bfloat16 rounds away small updates)"
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied with."""
+        return self.alpha / self.dim
+
+    def trainable(self, out_features: int, in_features: int) -> int:
+        return self.dim * (out_features + in_features)
+
+    def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
+        yield from super().misfits(shapes)
+        small = {name: shape for name, shape in shapes.items() if self.dim > min(shape)}
+        if small:
+            name, shape = min(small.items(), key=lambda entry: min(entry[1]))
+            more = f" (and {len(small) - 1} more kinds of linear)" if len(small) > 1 else ""
+            yield Problem(
+                where="peft.dim",
+                what=f"rank {self.dim} is above that of {name}, which is {list(shape)}{more}",
+                allowed=f"1 to {min(shape)}",
+            )
+
+    def bridge_section(self) -> dict[str, Any] | None:
+        if self.quantization is not None:
+            return None
+        own = ("target_modules", "exclude_modules", "dim", "dropout", "dropout_position", "lora_A_init_method",
+               "lora_B_init_method")  # fmt: skip
+        alpha = self.scale * self.dim
+        return {
+            **{name: getattr(self, name) for name in own},
+            "target_modules": list(self.targets_asked) or list(type(self).model_fields["target_modules"].default),
+            "alpha": int(alpha) if alpha == int(alpha) else alpha,
+        }
