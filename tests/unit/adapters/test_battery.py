@@ -123,9 +123,9 @@ def test_bfloat16_base_keeps_float32_masters_and_computes_in_bfloat16(case):
     assert logits.dtype == torch.bfloat16
     logits.float().square().mean().backward()
     assert all(value.dtype == value.grad.dtype == torch.float32 for value in adapters.parameters().values())
-    expected = wide.decoder.eval()(IDS, BOUNDS)
-    # The base alone, computed in bfloat16, is 3 % off: so small a random model amplifies each rounding.
-    assert ((logits - expected).norm() / expected.norm()).item() < 0.1
+    # So small a random model amplifies each rounding: the base alone, computed in bfloat16, is 3 % off.
+    base = _off(random_decoder(dtype=torch.bfloat16)(IDS, BOUNDS), random_decoder()(IDS, BOUNDS))
+    assert _off(logits, wide.decoder.eval()(IDS, BOUNDS)) < 5 * base
 
 
 @every_case
@@ -163,6 +163,10 @@ def test_two_processes_do_the_work_of_one(case, root, tmp_path):
     assert one.keys() == two.keys()
     # Float32 sums in another order, over twelve Adam steps.
     assert all(two[key] == pytest.approx(value, rel=1e-4) for key, value in one.items())
+
+
+def _off(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def _same(one: object, other: object) -> bool:
