@@ -7,11 +7,9 @@ of some packages than the rest of the tests). CONTRIBUTING.md tells how to make 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from support.bridge import PYTHON
 
 from steps.engine.checkpoint import megatron
 from steps.engine.checkpoint.megatron import Checkpoint, unstacked
@@ -27,15 +26,6 @@ from steps.engine.checkpoint.megatron import Checkpoint, unstacked
 TESTS = Path(__file__).parents[1]
 
 
-def bridge_python() -> str | None:
-    try:
-        here = importlib.util.find_spec("megatron.bridge") is not None
-    except ModuleNotFoundError:
-        here = False
-    return sys.executable if here else os.environ.get("STEPS_BRIDGE_PYTHON") or None
-
-
-PYTHON = bridge_python()
 pytestmark = pytest.mark.skipif(
     PYTHON is None, reason="megatron.bridge is not installed; STEPS_BRIDGE_PYTHON can name an interpreter that has it"
 )

@@ -81,6 +81,14 @@ def chosen(section: Targeting, num_layers: int) -> list[str]:
     return select(section.targets_asked, section.exclude_modules, linear_names(num_layers, canonical=section.canonical))
 
 
+def as_patterns(names: Sequence[str], num_layers: int) -> list[str]:
+    """The shortest target_modules that mean just `names`: "linear_q" where every layer has it, full names elsewhere."""
+    by_kind: dict[str, list[str]] = {}
+    for name in names:
+        by_kind.setdefault(name.rpartition(".")[2], []).append(name)
+    return [pattern for kind, found in by_kind.items() for pattern in ([kind] if len(found) == num_layers else found)]
+
+
 def faults(section: Targeting, num_layers: int) -> Iterator[Problem]:
     """What is wrong with the targets of a `peft` section for a model of that many layers."""
     return problems(

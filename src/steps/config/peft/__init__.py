@@ -84,8 +84,8 @@ class Peft(Section):
             )
 
     def bridge_section(self) -> dict[str, Any] | None:
-        """The settings as the fields of Megatron-Bridge's class of the same method; None where it has no such method,
-        or no such setting of it."""
+        """The settings, but for the targets, as the fields of Megatron-Bridge's class of the method; None where it has
+        no such method, or no such setting of it."""
         return None
 
     @property

@@ -49,11 +49,6 @@ class LowRank(Peft):
     def bridge_section(self) -> dict[str, Any] | None:
         if self.quantization is not None:
             return None
-        own = ("target_modules", "exclude_modules", "dim", "dropout", "dropout_position", "lora_A_init_method",
-               "lora_B_init_method")  # fmt: skip
+        own = ("dim", "dropout", "dropout_position", "lora_A_init_method", "lora_B_init_method")
         alpha = self.scale * self.dim
-        return {
-            **{name: getattr(self, name) for name in own},
-            "target_modules": list(self.targets_asked) or list(type(self).model_fields["target_modules"].default),
-            "alpha": int(alpha) if alpha == int(alpha) else alpha,
-        }
+        return {**{name: getattr(self, name) for name in own}, "alpha": int(alpha) if alpha == int(alpha) else alpha}
