@@ -1,0 +1,163 @@
+"""Every adapter method on the tiny chain: parameters, loss, seconds a step, peak memory. Writes docs/peft-methods.md.
+
+    python benchmarks/peft_methods.py [--inputs DIR] [--iters N] [--rounds N] [--only NAME …] [--print]
+
+The same base (SmolLM2-135M), packed rows, seed and number of steps for each, rank 16 where there is one. Each run is a
+process of its own (`steps run peft/megatron_bridge -c tiny …`); the methods take turns, `--rounds` times, and what
+counts is the median over all steps of all rounds but each run's first two. Ratios are against LoRA in the same round.
+Learning rates are the papers', not one for all: a method is not to look bad by another's rate.
+
+--inputs: a directory where the tiny chain was run (it has output/tiny/packed and output/tiny/base); made if it has not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs" / "peft-methods.md"
+STEPS = str(Path(sys.executable).parent / "steps")
+CHAIN = ("data_prep/demo_chat", "data_prep/sft_packing", "convert/hf_to_megatron")
+LORA = "LoRA"
+#: Name in the table to what the command line says.
+RUNS: dict[str, tuple[str, ...]] = {
+    LORA: ("peft.type=lora",),
+    "rsLoRA": ("peft.type=lora", "peft.use_rslora=true", "peft.alpha=8"),
+    "LoRA+ (ratio 16)": ("peft.type=lora", "peft.lora_plus_ratio=16", "optimizer.lr=2e-4"),
+    "LoRA, PiSSA start": ("peft.type=lora", "peft.init_lora_weights=pissa", "peft.alpha=16", "optimizer.lr=2e-4"),
+    "LoRA, OLoRA start": ("peft.type=lora", "peft.init_lora_weights=olora", "peft.alpha=16", "optimizer.lr=2e-4"),
+    "LoRA, EVA start": ("peft.type=lora", "peft.init_lora_weights=eva"),
+    "canonical LoRA": ("peft.type=canonical_lora",),
+    "DoRA": ("peft.type=dora",),
+    "QLoRA (nf4)": ("peft.type=lora", "peft.quantization.type=nf4"),
+    "LoRA on int8": ("peft.type=lora", "peft.quantization.type=int8"),
+    "QDoRA (nf4)": ("peft.type=dora", "peft.quantization.type=nf4"),
+    "AdaLoRA": ("peft.type=adalora", "peft.target_r=8"),
+    "VB-LoRA": ("peft.type=vblora", "~peft.alpha", "peft.dim=4", "peft.vector_length=64"),
+    "WaveFT": ("peft.type=waveft", "~peft.dim", "~peft.alpha"),
+    "QR-Adaptor": ("peft.type=qr_adaptor", "~peft.dim"),
+}
+
+
+@dataclass
+class Measured:
+    """What the rounds of one method came to. rss: of the largest process, bytes."""
+
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    rss: list[int] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+
+
+def run(arguments: list[str], place: Path) -> int:
+    """Run `steps` and return the peak memory of its largest process, in bytes, by the kernel's account."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    child = subprocess.Popen(
+        [STEPS, *arguments], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert child.stdout is not None
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        sys.exit(f"steps {' '.join(arguments)} failed:\n{output}")
+    return usage.ru_maxrss * 1024
+
+
+def train(name: str, place: Path, iters: int) -> tuple[list[float], int, dict[str, Any], int]:
+    """One run of a method: seconds of its steps, peak memory, the record's facts, bytes of the adapter's tensors."""
+    save = place / "output" / "bench"
+    shutil.rmtree(save, ignore_errors=True)
+    fixed = [f"train.train_iters={iters}", "train.eval_interval=0", "train.eval_iters=2", f"checkpoint.save={save}"]
+    rss = run(["run", "peft/megatron_bridge", "-c", "tiny", *fixed, *RUNS[name]], place)
+    job = max((place / ".steps" / "jobs").iterdir())
+    rows = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows if "seconds" in row]
+    size = sum(path.stat().st_size for path in save.glob("iter_*/*.distcp"))
+    return seconds[2:], rss, json.loads((save / "artifact.json").read_text())["facts"], size
+
+
+def measure(names: list[str], place: Path, iters: int, rounds: int) -> dict[str, Measured]:
+    found = {name: Measured() for name in names}
+    for number in range(rounds):
+        lora = 0.0
+        for name, measured in found.items():
+            seconds, rss, measured.facts, measured.size = train(name, place, iters)
+            middle = statistics.median(seconds)
+            lora = middle if name == LORA else lora
+            measured.seconds += seconds
+            measured.ratios.append(middle / lora if lora else float("nan"))
+            measured.rss.append(rss)
+            print(f"round {number + 1}: {name}: {middle:.2f} s a step, {rss / 1e9:.2f} GB", flush=True)
+    return found
+
+
+def table(found: dict[str, Measured]) -> str:
+    rows = [
+        "| method | trained | share | file | valid loss: before, after | s a step | x LoRA | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, measured in found.items():
+        facts = measured.facts
+        trained, base = facts["trainable_parameters"], facts["parameters"]
+        rows.append(
+            f"| {name} | {trained:,} | {100 * trained / base:.3f} % | {measured.size / 1e6:.2f} MB "
+            f"| {facts['valid_loss_first']:.3f}, {facts['valid_loss_last']:.3f} "
+            f"| {statistics.median(measured.seconds):.2f} | {statistics.median(measured.ratios):.2f} "
+            f"| {max(measured.rss) / 1e9:.2f} GB |"
+        )
+    return "\n".join(rows)
+
+
+def machine() -> str:
+    import torch
+
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return f"{model}, {os.environ.get('OMP_NUM_THREADS', '1')} thread, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=Path, default=Path("output/bench_methods"))
+    parser.add_argument("--iters", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
+    parser.add_argument("--print", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    place = options.inputs.absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / "output/tiny/base/artifact.json").is_file():
+        for step in CHAIN:
+            run(["run", step, "-c", "tiny"], place)
+    found = measure(options.only, place, options.iters, options.rounds)
+    text = (
+        f"Made by `python benchmarks/peft_methods.py` on {machine()}: SmolLM2-135M, {options.iters} steps of 4 rows of "
+        f"512 tokens, medians over {options.rounds} rounds in which the methods took turns.\n\n{table(found)}\n"
+    )
+    print(text)
+    if not options.print:
+        pattern = r"(<!-- measured:begin .*?-->\n).*?(<!-- measured:end -->)"
+        page, count = re.subn(pattern, lambda match: match[1] + text + match[2], DOCS.read_text(), flags=re.S)
+        assert count == 1, f"{DOCS} has no block measured:begin … measured:end"
+        DOCS.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
