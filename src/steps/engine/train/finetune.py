@@ -107,8 +107,8 @@ def _start(plan: Plan, trained: adapters.Adapters, split: PackedSplit, here: Wor
     order = Order(len(split), plan.rng.seed)
     rows = range(min(trained.method.calibration_rows, len(split)))
     trained.method.start(trained, [read(split, [order[row]]).to(here.device) for row in rows])
-    for tensor in trained.tensors().values():
-        here.broadcast(tensor.detach())
+    for parameter in trained.parameters().values():
+        here.broadcast(parameter.detach())
 
 
 def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Tensor]]:
