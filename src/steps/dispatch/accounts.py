@@ -13,7 +13,7 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 def text(account: Account) -> Iterator[str]:
     """Two tables, each under its title, in 80 columns."""
     yield from section("Parameters")
-    header = ("MODULE", "SHAPE", "ADAPTED", "PARAMETERS", "TRAINED", "SHARE")
+    header = ("MODULE", "SHAPE", "LAYERS", "PARAMETERS", "TRAINED", "SHARE %")
     yield from figures(header, [*map(_row, account.kinds), _row(account.total)])
     if not account.memory:
         return
@@ -25,11 +25,11 @@ def text(account: Account) -> Iterator[str]:
 
 
 def _row(kind: Kind) -> tuple[str, ...]:
-    shape = str(list(kind.shape)) if kind.shape else ""
-    if not kind.adapted:
-        return kind.name, shape, "", f"{kind.parameters:,}", "", ""
-    share = f"{100 * kind.share:.4f} %" if kind.parameters else ""
-    return kind.name, shape, f"{kind.adapted}/{kind.count}", f"{kind.parameters:,}", f"{kind.trainable:,}", share
+    name, shape, parameters = kind.name, " x ".join(map(str, kind.shape)), f"{kind.parameters:,}"
+    if not kind.trainable:
+        return name, shape, "", parameters, "", ""
+    layers = f"{kind.adapted}/{kind.count}" if kind.is_linear else ""
+    return name, shape, layers, parameters, f"{kind.trainable:,}", f"{100 * kind.share:.4f}" if kind.parameters else ""
 
 
 def size(nbytes: int) -> str:

@@ -97,10 +97,10 @@ def _heading(found: Found, peft: Peft) -> Iterator[str]:
     heads = f"{model.num_attention_heads} heads in {model.num_query_groups} groups of {model.kv_channels} channels"
     yield f"{model.family}, {model.params_dtype}, from {found.where}"
     yield f"{model.num_layers} layers, hidden {model.hidden_size}, {heads}, ffn {model.ffn_hidden_size}"
-    given = [name for name in type(peft).model_fields if name in _TOLD or name in peft.model_fields_set]
-    values = {name: getattr(peft, name) for name in given}
-    told = "peft: " + ", ".join(f"{name} {_told(value)}" for name, value in values.items())
-    yield from textwrap.wrap(told, render.width(), subsequent_indent="    ", break_long_words=False)
+    told = {*_TOLD, *peft.model_fields_set} - (set() if peft.targets_asked else {"target_modules"})
+    values = {name: getattr(peft, name) for name in type(peft).model_fields if name in told}
+    line = "peft: " + ", ".join(f"{name} {_told(value)}" for name, value in values.items())
+    yield from textwrap.wrap(line, render.width(), subsequent_indent="    ", break_long_words=False)
 
 
 def _told(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +27,9 @@ def misfits(section: Peft, model: ModelConfig) -> Iterator[Problem]:
 def trainable(section: Peft, model: ModelConfig) -> int:
     """Parameters that are trained."""
     names = targets.chosen(section, model.num_layers)
-    return section.shared_trainable() + sum(section.trainable(*targets.shape(model, name)) for name in names)
+    return section.shared_trainable() + sum(
+        section.trainable_at(targets.layer(name), *targets.shape(model, name)) for name in names
+    )
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,13 @@ class Account:
 def kinds(section: Peft, model: ModelConfig) -> Iterator[Kind]:
     """The account by kind of module. Fused linears are told by their parts where the method adapts those."""
     layers, hidden, table = model.num_layers, model.hidden_size, model.vocab_size * model.hidden_size
-    adapted = Counter(name.rpartition(".")[2] for name in targets.chosen(section, layers))
+    chosen = targets.chosen(section, layers)
     yield Kind("embedding", (model.vocab_size, hidden), 1, 0, table, 0)
-    for name in targets.linear_names(1, canonical=section.canonical):
-        last = name.rpartition(".")[2]
-        out_features, in_features = targets.shape(model, last)
-        trained = adapted[last] * section.trainable(out_features, in_features)
-        size = layers * out_features * in_features
-        yield Kind(last, (out_features, in_features), layers, adapted[last], size, trained)
+    for last in (name.rpartition(".")[2] for name in targets.linear_names(1, canonical=section.canonical)):
+        shape = targets.shape(model, last)
+        adapted = [targets.layer(name) for name in chosen if name.rpartition(".")[2] == last]
+        trained = sum(section.trainable_at(layer, *shape) for layer in adapted)
+        yield Kind(last, shape, layers, len(adapted), layers * shape[0] * shape[1], trained)
     if model.add_qkv_bias:
         yield Kind("biases", (model.qkv_size,), layers, 0, layers * model.qkv_size, 0)
     norms = 2 * layers * (1 + model.qk_layernorm) + 1

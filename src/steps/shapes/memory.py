@@ -5,6 +5,8 @@ Activations come on top: they depend on the rows, and on what the backward pass 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from steps.shapes import targets
 from steps.shapes.model_config import ModelConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+_BITS = {"nf2": 2, "nf4": 4, "int8": 8}
 #: Adam's exp_avg and exp_avg_sq. Its step counters, 4 bytes for each trained tensor, are left out.
 _MOMENTS = 2
 #: Scales that share a scale of their own in double quantization (QLoRA, arXiv 2305.14314, section 3).
@@ -35,16 +38,15 @@ def held(section: Peft, model: ModelConfig, precision: str) -> Iterator[Held]:
     """
     dtype = computed(model, precision)
     width = _BYTES[dtype]
-    sizes = [out * into for out, into in (targets.shape(model, name) for name in targets.LINEARS)]
-    if section.quantization is None:
-        yield Held("weights of linears", dtype, model.num_layers * sum(sizes) * width)
-    else:
-        yield from _quantized(section.quantization, sizes, model.num_layers)
+    yield from _linears(section, model, dtype)
     tables = (1 if model.share_embeddings_and_output_weights else 2) * model.vocab_size * model.hidden_size
     yield Held("embedding, output layer", dtype, tables * width)
     yield Held("norms, biases", dtype, (model.norm_parameters + model.bias_parameters) * width)
-    shapes = [targets.shape(model, name) for name in targets.chosen(section, model.num_layers)]
-    trained = section.shared_trainable() + sum(section.trainable(*shape) for shape in shapes)
+    names = targets.chosen(section, model.num_layers)
+    shapes = [targets.shape(model, name) for name in names]
+    trained = section.shared_trainable() + sum(
+        section.trainable_at(targets.layer(name), *shape) for name, shape in zip(names, shapes, strict=True)
+    )
     own = section.adapter_dtype
     yield Held("adapter", own, trained * _BYTES[own])
     if beside := sum(section.untrained_bytes(*shape) for shape in shapes):
@@ -67,12 +69,22 @@ def notes(model: ModelConfig, precision: str) -> Iterator[str]:
         yield "train.precision=auto: float32, twice as wide, where the hardware is slow at bfloat16"
 
 
-def _quantized(settings: Quantization, sizes: list[int], layers: int) -> Iterator[Held]:
-    """sizes: values of each linear of one layer. Every one is quantized by itself, in blocks of its values in order."""
-    packed = sum(-(-size // 2) if settings.type == "nf4" else size for size in sizes)
-    yield Held("weights of linears", settings.type, layers * packed)
-    scales = layers * sum(scale_bytes(size, settings) for size in sizes)
-    yield Held("scales of linears", "8 bits" if settings.double_quant else "float32", scales)
+def _linears(section: Peft, model: ModelConfig, dtype: str) -> Iterator[Held]:
+    """Weights of all linears, by how they are held. A quantized one is so by itself, its values in order in blocks."""
+    sizes = [math.prod(targets.shape(model, name)) for name in targets.LINEARS]
+    weights: Counter[str] = Counter()
+    scales: Counter[str] = Counter()
+    for layer in range(model.num_layers):
+        settings = section.quantization_at(layer)
+        if settings is None:
+            weights[dtype] += sum(sizes) * _BYTES[dtype]
+        else:
+            weights[settings.type] += sum(math.ceil(size * _BITS[settings.type] / 8) for size in sizes)
+            scales["8 bits" if settings.double_quant else "float32"] += sum(
+                scale_bytes(size, settings) for size in sizes
+            )
+    yield from (Held("weights of linears", kind, nbytes) for kind, nbytes in weights.items())
+    yield from (Held("scales of linears", kind, nbytes) for kind, nbytes in scales.items())
 
 
 def scale_bytes(size: int, settings: Quantization) -> int:
@@ -81,5 +93,5 @@ def scale_bytes(size: int, settings: Quantization) -> int:
     One float32 for each block; in double quantization one byte for each, a float32 for each block of those, and their
     mean, which is taken off first.
     """
-    blocks = -(-size // settings.block_size)
-    return blocks + 4 * -(-blocks // _SCALES_PER_BLOCK) + 4 if settings.double_quant else 4 * blocks
+    blocks = math.ceil(size / settings.block_size)
+    return blocks + 4 * math.ceil(blocks / _SCALES_PER_BLOCK) + 4 if settings.double_quant else 4 * blocks

@@ -66,6 +66,14 @@ class Peft(Section):
         """Parameters that the method trains on one linear (or part of one) of that shape."""
         raise NotImplementedError
 
+    def trainable_at(self, layer: int, out_features: int, in_features: int) -> int:
+        """The same in one layer, for methods that treat layers differently."""
+        return self.trainable(out_features, in_features)
+
+    def quantization_at(self, layer: int) -> Quantization | None:
+        """How the frozen weights of one layer's linears are held; None: as they are."""
+        return self.quantization
+
     def shared_trainable(self) -> int:
         """Parameters that belong to no single linear."""
         return 0
