@@ -58,7 +58,7 @@ def params(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count an adapter's parameters on a model, and the memory that training it takes. Exact, and nothing is loaded."""
-    found, asked = _read(model, overrides or ())
+    found, asked = read(model, overrides or ())
     account = Account.of(asked.peft, found.model, asked.train.precision)
     if json:
         told = {"model": {"name": model, "source": found.where, **found.model.to_dict()}}
@@ -67,7 +67,7 @@ def params(
     print("\n".join([render.bold(model), *_heading(found, asked.peft), *text(account)]))
 
 
-def _read(model: str, overrides: Sequence[str]) -> tuple[Found, Asked]:
+def read(model: str, overrides: Sequence[str]) -> tuple[Found, Asked]:
     """The model and the settings. Raises StepsError with everything that is wrong with either."""
     data: dict[str, Any] = {}
     sources: dict[str, str] = {}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from steps.config.peft import Quantization, section_class
+from steps.config.peft import Quantization, names, section_class
 from steps.shapes.account import Account, trainable
 from steps.shapes.presets import preset, presets
 from steps.shapes.targets import shape
 
+PAGE = Path(__file__).parents[3] / "docs/peft-methods.md"
 TOTALS = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
@@ -105,3 +109,11 @@ def test_what_scales_cost_for_each_value(double_quant, bits):
         sum(row.nbytes for row in rows if row.what.startswith(what)) for what in ("weights of", "scales")
     )
     assert f"{8 * scales / (2 * weights):.3f}" == bits
+
+
+def test_the_page_for_users_has_every_method_and_the_numbers_of_this_file():
+    """The tables are made by docs/generate.py, which `make check` holds the page to."""
+    page = PAGE.read_text()
+    assert set(names()) <= set(re.findall(r"^## (\w+)$", page, flags=re.M))
+    for number in (8_388_608, 16_777_216, 39_976_960, 33_685_504, 25_165_824, 56_098_816, 56_975_360, 13_631_488):
+        assert f"{number:,}" in page
