@@ -71,18 +71,15 @@ def notes(model: ModelConfig, precision: str) -> Iterator[str]:
 
 def _linears(section: Peft, model: ModelConfig, dtype: str) -> Iterator[Held]:
     """Weights of all linears, by how they are held. A quantized one is so by itself, its values in order in blocks."""
-    sizes = [math.prod(targets.shape(model, name)) for name in targets.LINEARS]
     weights: Counter[str] = Counter()
     scales: Counter[str] = Counter()
-    for layer in range(model.num_layers):
-        settings = section.quantization_at(layer)
+    for name in targets.linear_names(model.num_layers):
+        size, settings = math.prod(targets.shape(model, name)), section.held(name)
         if settings is None:
-            weights[dtype] += sum(sizes) * _BYTES[dtype]
+            weights[dtype] += size * _BYTES[dtype]
         else:
-            weights[settings.type] += sum(math.ceil(size * _BITS[settings.type] / 8) for size in sizes)
-            scales["8 bits" if settings.double_quant else "float32"] += sum(
-                scale_bytes(size, settings) for size in sizes
-            )
+            weights[settings.type] += math.ceil(size * _BITS[settings.type] / 8)
+            scales["8 bits" if settings.double_quant else "float32"] += scale_bytes(size, settings)
     yield from (Held("weights of linears", kind, nbytes) for kind, nbytes in weights.items())
     yield from (Held("scales of linears", kind, nbytes) for kind, nbytes in scales.items())
 
