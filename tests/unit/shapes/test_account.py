@@ -45,8 +45,7 @@ def test_parameters_by_kind_are_the_decoders_and_the_adapters(case):
         trained["shared"] = sum(value.numel() for value in adapters.shared.parameters())
     assert {kind.name: kind.trainable for kind in account.kinds} == trained
     assert account.total.trainable == trainable(settings, SHAPE) == sum(trained.values())
-    frozen = [value for value in adapters.decoder.parameters() if not value.requires_grad]
-    assert account.total.parameters == sum(value.numel() for value in frozen)
+    assert account.total.parameters == SHAPE.parameters
 
 
 def _kind(linear: str, key: str, canonical: bool) -> str:
@@ -85,8 +84,12 @@ def test_parameters_of_the_base_by_kind(shape, canonical):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_bytes_are_those_of_the_tensors_that_a_run_holds(case, precision):
     adapters, settings = adapted(case, dtype=getattr(torch, precision)), section(case)
-    inside = {name: value for name, value in adapters.decoder.named_parameters() if "adapter" not in name.split(".")}
-    linears = [f"{name}.weight" for name in adapters.decoder.linears()]
+    linears = adapters.decoder.linears()
+    rest = {
+        name: value
+        for name, value in adapters.decoder.named_parameters()
+        if "adapter" not in name.split(".") and name.removesuffix(".weight") not in linears
+    }
     parameters = adapters.parameters()
     gradients, optimizer = Gradients(parameters), AdamW(adapters, Optimizer())
     for value in gradients.buffers:
@@ -96,10 +99,11 @@ def test_bytes_are_those_of_the_tensors_that_a_run_holds(case, precision):
     untrained = sum(buffer.nbytes for module in adapters.modules.values() for buffer in module.buffers())
 
     found = held(Account.of(settings, SHAPE, precision))
-    assert found.pop("weights of linears") == sum(inside.pop(name).nbytes for name in linears)
-    tables = [name for name in inside if "word_embeddings" in name or "output_layer" in name]
-    assert found.pop("embedding, output layer") == sum(inside.pop(name).nbytes for name in tables)
-    assert found.pop("norms, biases") == sum(value.nbytes for value in inside.values())
+    weights = found.pop("weights of linears") + found.pop("scales of linears", 0)
+    assert weights == sum(linear.weight.nbytes for linear in linears.values())
+    tables = [name for name in rest if "word_embeddings" in name or "output_layer" in name]
+    assert found.pop("embedding, output layer") == sum(rest.pop(name).nbytes for name in tables)
+    assert found.pop("norms, biases") == sum(value.nbytes for value in rest.values())
     assert found.pop("adapter") == sum(value.nbytes for value in parameters.values())
     assert found.pop("gradients") == sum(buffer.nbytes for buffer in gradients.buffers)
     assert found.pop("moments of Adam") == sum(value.nbytes for value in moments)
