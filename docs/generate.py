@@ -1,4 +1,5 @@
-"""Write what is made from the code: docs/cli.md and the table of steps in README.md. `--check` only compares, for CI.
+"""Write what is made from the code: docs/cli.md, the table of steps in README.md, the counted tables of
+docs/peft-methods.md. `--check` only compares, for CI.
 
 python docs/generate.py [--check]
 """
@@ -9,7 +10,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import peft_tables
 
 from steps.dispatch import catalog, render
 
@@ -42,14 +46,25 @@ def readme() -> str:
     for step in catalog.catalog().values():
         link = f"[{step.id}]({step.folder.relative_to(README.parent).as_posix()}/README.md)"
         rows.append(f"| {link} | {render.types(step.consumes)} | {render.types(step.produces)} | {step.name} |")
-    table = "\n".join(rows)
-    return re.sub(
-        r"(<!-- steps:begin .*?-->\n).*?(<!-- steps:end -->)", rf"\g<1>{table}\n\g<2>", README.read_text(), flags=re.S
-    )
+    return _filled(README.read_text(), {"steps": "\n".join(rows) + "\n"})
+
+
+def peft_methods() -> str:
+    """docs/peft-methods.md with its counted tables made anew."""
+    return _filled((DOCS / "peft-methods.md").read_text(), peft_tables.blocks())
+
+
+def _filled(text: str, blocks: Mapping[str, str]) -> str:
+    """The text with what stands between `<!-- NAME:begin … -->` and `<!-- NAME:end -->` replaced, for each block."""
+    for name, block in blocks.items():
+        pattern = rf"(<!-- {name}:begin .*?-->\n?).*?(<!-- {name}:end -->)"
+        text, found = re.subn(pattern, lambda match, block=block: f"{match[1]}{block}{match[2]}", text, flags=re.S)
+        assert found == 1, f"the markers of {name} are there {found} times"
+    return text
 
 
 def main() -> int:
-    wanted = {DOCS / "cli.md": cli(), README: readme()}
+    wanted = {DOCS / "cli.md": cli(), README: readme(), DOCS / "peft-methods.md": peft_methods()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:

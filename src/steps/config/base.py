@@ -14,6 +14,7 @@ from pydantic_core import InitErrorDetails
 if TYPE_CHECKING:
     from steps.artifacts.opening import Artifact
     from steps.errors import Problem
+    from steps.shapes.account import Account
 
 
 class Section(BaseModel):
@@ -149,6 +150,10 @@ class StepConfig(Section):
         Absent keys: inputs that are optional and not given. A Problem's `name` is the manifest error it stands for.
         """
         return ()
+
+    def account(self, inputs: "Mapping[str, Artifact]") -> "Account | None":
+        """What the step's model comes to, for the sheet of a dry run; None where that is not known. Torch-free."""
+        return None
 
     def path_keys(self) -> Sequence[str]:
         """Dotted keys, beside those of the manifest's artifacts, whose value is a path on the machine of the job."""

@@ -9,6 +9,8 @@ from pydantic import Field
 
 from steps.config.base import Section
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 
 class Recipe(Section):
     """The model recipe and its parallel sizes."""
@@ -40,7 +42,7 @@ class Train(Section):
     eval_interval: int = Field(1000, ge=0, description="Optimizer steps between evaluations (0: only at the end)")
     eval_iters: int = Field(10, ge=0, description="Global batches of one evaluation (0: none)")
     log_interval: int = Field(10, ge=1, description="Optimizer steps between log lines")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "auto",
         description="Dtype the base computes in; auto: bfloat16 where the base is stored so and the hardware is fast",
     )

@@ -1,5 +1,5 @@
-"""The command line: list, show, run; jobs and profiles are in files of their own. The only place that prints an error
-and ends the process."""
+"""The command line: list, show, run; params, jobs and profiles are in files of their own. The only place that prints
+an error and ends the process."""
 
 import gc
 import io
@@ -71,10 +71,13 @@ def main() -> NoReturn:
 
 
 def add_groups() -> None:
-    """Add `jobs` and `profiles`. Apart, since typer builds every option of every command it knows at each start."""
+    """Add `params`, `jobs` and `profiles`. Apart, since typer builds every option of every command it knows at each
+    start."""
+    from steps.dispatch import params
     from steps.dispatch.jobs import cli as jobs_cli
     from steps.dispatch.profiles import cli as profiles_cli
 
+    app.command("params")(params.params)
     app.add_typer(jobs_cli.app, name="jobs")
     app.add_typer(profiles_cli.app, name="profiles")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from steps.errors import StepsError
@@ -39,14 +40,19 @@ def overrides(ctx: Any, incomplete: str) -> list[str]:
         rows = parameters(catalog.find(_step(ctx)))
     except StepsError:
         return []
+    return _settings({row["key"]: row["type"] for row in rows}, incomplete)
+
+
+def _settings(types: Mapping[str, str], incomplete: str) -> list[str]:
+    """types: of each dotted key, as `parameters` writes them."""
     sign = incomplete[:1] if incomplete[:1] in "+~" else ""
     key, equals, start = incomplete[len(sign) :].partition("=")
     if equals:
-        kinds = next((row["type"] for row in rows if row["key"] == key), "")
-        choices = ["true", "false"] if kinds == "bool" else kinds.split(" | ") if " | " in kinds else []
+        kind = types.get(key, "")
+        choices = ["true", "false"] if kind == "bool" else kind.split(" | ") if " | " in kind else []
         return [f"{sign}{key}={choice}" for choice in choices if choice.startswith(start)]
     end = "" if sign == "~" else "="
-    return [f"{sign}{row['key']}{end}" for row in rows if row["key"].startswith(key)]
+    return [f"{sign}{name}{end}" for name in types if name.startswith(key)]
 
 
 def job_ids(incomplete: str) -> list[str]:
@@ -63,3 +69,19 @@ def states(incomplete: str) -> list[str]:
     from steps.dispatch.job import STATES
 
     return [state for state in STATES if state.startswith(incomplete)]
+
+
+def shapes(incomplete: str) -> list[str]:
+    """Names of shipped model shapes, or none, and the shell offers paths."""
+    from steps.shapes.presets import presets
+
+    return [name for name in presets() if name.startswith(incomplete.lower())]
+
+
+def asked(incomplete: str) -> list[str]:
+    """The settings that `steps params` takes."""
+    from steps.config.validate import fields
+    from steps.dispatch.parameters import type_name
+    from steps.dispatch.params import Asked
+
+    return _settings({key: type_name(info.annotation) for key, info in fields(Asked)}, incomplete)

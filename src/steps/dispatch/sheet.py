@@ -26,6 +26,10 @@ def text(planned: Sequence[Planned]) -> Iterator[str]:
         yield from section("Outputs")
         for port in entry.step.produces:
             yield f"{port.key}: {_value(entry, port.key)} ({port.type})"
+        if (account := entry.config.account(entry.findings.inputs)) is not None:
+            from steps.dispatch import accounts
+
+            yield from accounts.text(account)
         for note in [*entry.notes, *(f"warning: {warning}" for warning in entry.findings.warnings)]:
             yield ""
             yield note
@@ -57,6 +61,7 @@ def data(planned: Sequence[Planned], problems: Sequence[Any] = ()) -> dict[str, 
                 "outputs": {
                     port.key: {"type": port.type, "value": _value(entry, port.key)} for port in entry.step.produces
                 },
+                "account": account.to_dict() if (account := entry.config.account(entry.findings.inputs)) else None,
                 "notes": entry.notes,
                 "warnings": list(entry.findings.warnings),
                 "files": dict(executors.get(entry.spec.executor).render(entry.spec)),

@@ -1,12 +1,15 @@
-"""What an adapter on a model comes to, by arithmetic on the shapes. Free of torch."""
+"""What an adapter on a model comes to, exactly, by arithmetic on the shapes. Free of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from steps.config.peft import Peft
 from steps.errors import Problem
-from steps.shapes import targets
+from steps.shapes import memory, targets
+from steps.shapes.memory import Held
 from steps.shapes.model_config import ModelConfig
 
 
@@ -24,4 +27,104 @@ def misfits(section: Peft, model: ModelConfig) -> Iterator[Problem]:
 def trainable(section: Peft, model: ModelConfig) -> int:
     """Parameters that are trained."""
     names = targets.chosen(section, model.num_layers)
-    return section.shared_trainable() + sum(section.trainable(*targets.shape(model, name)) for name in names)
+    return section.shared_trainable() + sum(
+        section.trainable_at(targets.layer(name), *targets.shape(model, name)) for name in names
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All modules of one kind, over all layers.
+
+    shape:      of the weight of one; () where it has several.
+    count:      modules of the kind, and adapted: those that get an adapter.
+    parameters: of the base, in all of them.   trainable: of their adapters.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    adapted: int
+    parameters: int
+    trainable: int
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether an adapter could be put on it."""
+        return self.name.startswith("linear_")
+
+    @property
+    def share(self) -> float:
+        """What is trained, of all parameters with the adapter's own: as peft's print_trainable_parameters has it."""
+        return self.trainable / (self.parameters + self.trainable)
+
+
+@dataclass(frozen=True)
+class Account:
+    """Parameters by kind of module, in the order of computation, and what is held in memory by each process.
+
+    memory: empty where another engine than ours decides it.   notes: under which assumptions.
+    """
+
+    kinds: tuple[Kind, ...]
+    memory: tuple[Held, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, section: Peft, model: ModelConfig, precision: str | None = None) -> Account:
+        """The account of an adapter that fits the model (see `misfits`).
+
+        precision: `train.precision` of our engine; None leaves memory out.
+        """
+        rows = tuple(kinds(section, model))
+        if precision is None:
+            return cls(rows)
+        held = tuple(memory.held(section, model, precision))
+        return cls(rows, held, tuple(memory.notes(model, precision)))
+
+    @property
+    def total(self) -> Kind:
+        """Everything together; adapted and counted are the linears."""
+        linears = [kind for kind in self.kinds if kind.is_linear]
+        return Kind(
+            "total",
+            (),
+            sum(kind.count for kind in linears),
+            sum(kind.adapted for kind in linears),
+            sum(kind.parameters for kind in self.kinds),
+            sum(kind.trainable for kind in self.kinds),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is held."""
+        return sum(held.nbytes for held in self.memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "parameters": [{**asdict(kind), "share": kind.share} for kind in (*self.kinds, self.total)],
+            "memory": [asdict(held) for held in self.memory],
+            "memory_bytes": self.nbytes,
+            "notes": list(self.notes),
+        }
+
+
+def kinds(section: Peft, model: ModelConfig) -> Iterator[Kind]:
+    """The account by kind of module. Fused linears are told by their parts where the method adapts those."""
+    layers, hidden, table = model.num_layers, model.hidden_size, model.vocab_size * model.hidden_size
+    chosen = targets.chosen(section, layers)
+    yield Kind("embedding", (model.vocab_size, hidden), 1, 0, table, 0)
+    for last in (name.rpartition(".")[2] for name in targets.linear_names(1, canonical=section.canonical)):
+        shape = targets.shape(model, last)
+        adapted = [targets.layer(name) for name in chosen if name.rpartition(".")[2] == last]
+        trained = sum(section.trainable_at(layer, *shape) for layer in adapted)
+        yield Kind(last, shape, layers, len(adapted), layers * shape[0] * shape[1], trained)
+    if model.add_qkv_bias:
+        yield Kind("biases", (model.qkv_size,), layers, 0, layers * model.qkv_size, 0)
+    norms = 2 * layers * (1 + model.qk_layernorm) + 1
+    yield Kind("norms", (), norms, 0, model.norm_parameters, 0)
+    if not model.share_embeddings_and_output_weights:
+        yield Kind("output_layer", (model.vocab_size, hidden), 1, 0, table, 0)
+    if shared := section.shared_trainable():
+        yield Kind("shared", (), 1, 1, 0, shared)

@@ -49,13 +49,24 @@ class ModelConfig:
         return self.num_attention_heads * self.kv_channels
 
     @property
+    def norm_parameters(self) -> int:
+        """Scales of all norms: two in a layer (Qwen3: of query and key too), one at the end."""
+        layer = 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
+        return self.num_layers * layer + self.hidden_size
+
+    @property
+    def bias_parameters(self) -> int:
+        """Biases of all linears."""
+        return self.num_layers * self.qkv_size * self.add_qkv_bias
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole model; a tied output layer counts once."""
         hidden = self.hidden_size
-        layer = self.qkv_size * hidden + hidden * self.query_size + 3 * self.ffn_hidden_size * hidden + 2 * hidden
-        layer += self.qkv_size * self.add_qkv_bias + 2 * self.kv_channels * self.qk_layernorm
+        layer = self.qkv_size * hidden + hidden * self.query_size + 3 * self.ffn_hidden_size * hidden
         tables = 1 if self.share_embeddings_and_output_weights else 2
-        return tables * self.vocab_size * hidden + self.num_layers * layer + hidden
+        fixed = tables * self.vocab_size * hidden + self.norm_parameters + self.bias_parameters
+        return fixed + self.num_layers * layer
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for run_config.yaml and artifact records."""

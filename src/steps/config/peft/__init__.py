@@ -1,8 +1,8 @@
 """The `peft` section. One file per adapter method, called as `peft.type` calls it, holding its class as `SECTION`.
 
 A file is imported when its method is asked for: a dry run pays for one method only. What a method trains is arithmetic
-on shapes and stands here too (`trainable`, `shared_trainable`), so that it can be told without torch; the battery of
-tests holds the engine to it.
+on shapes and stands here too (`trainable`, `untrained_bytes`, …), so that it can be told without torch; the tests hold
+the engine to it.
 """
 
 import importlib
@@ -66,9 +66,23 @@ class Peft(Section):
         """Parameters that the method trains on one linear (or part of one) of that shape."""
         raise NotImplementedError
 
+    def trainable_at(self, layer: int, out_features: int, in_features: int) -> int:
+        """The same in one layer, for methods that treat layers differently."""
+        return self.trainable(out_features, in_features)
+
     def shared_trainable(self) -> int:
         """Parameters that belong to no single linear."""
         return 0
+
+    def untrained_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of what the method holds for such a linear beside its parameters: the start it moves away from,
+        statistics of gradients, positions, …"""
+        return 0
+
+    @property
+    def adapter_dtype(self) -> str:
+        """Dtype of the trained parameters: `lora_dtype` where the method has it and it is given, else float32."""
+        return getattr(self, "lora_dtype", None) or "float32"
 
     def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
         """What does not fit a model. shapes: (out, in) of each kind of target ("linear_qkv")."""
@@ -87,6 +101,10 @@ class Peft(Section):
         """The settings, but for the targets, as the fields of Megatron-Bridge's class of the method; None where it has
         no such method, or no such setting of it."""
         return None
+
+    def held(self, linear: str) -> Quantization | None:
+        """How the frozen weight of a linear is held, by its full name; None: as it is. Adapted or not."""
+        return self.quantization
 
     @property
     def targets_asked(self) -> Sequence[str]:

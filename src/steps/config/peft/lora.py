@@ -35,6 +35,10 @@ class LoRA(LowRank):
         """Whether both factors start away from zero, and their start is subtracted (see engine/adapters/lora.py)."""
         return self.init_lora_weights in ("pissa", "olora")
 
+    def untrained_bytes(self, out_features: int, in_features: int) -> int:
+        width = 2 if self.adapter_dtype == "bfloat16" else 4
+        return self.trainable(out_features, in_features) * width if self.moves_the_start else 0
+
     def check(self, train_iters: int) -> Iterator[Problem]:
         yield from super().check(train_iters)
         if self.init_lora_weights is not None and "lora_A_init_method" in self.model_fields_set:

@@ -16,7 +16,7 @@ from steps.engine.train import resume
 from steps.engine.train.plan import Plan, mismatches
 from steps.errors import ArtifactError, Problem
 from steps.preflight import lookup
-from steps.shapes.account import misfits
+from steps.shapes.account import Account, misfits
 from steps.shapes.model_config import ModelConfig
 
 BASE, DATA = "checkpoint.pretrained_checkpoint", "dataset.nano3_packed_sft_dir"
@@ -120,8 +120,8 @@ class Config(StepConfig):
                 where=DATA, what="the data were packed with another tokenizer than the base model has",
                 name="tokenizer_mismatch", hint="Pack them again with the base model's tokenizer.",
             )  # fmt: skip
-        if (model := base.get("model")) and "num_layers" in model:
-            yield from misfits(self.peft, ModelConfig(**model))
+        if (model := _shape(inputs)) is not None:
+            yield from misfits(self.peft, model)
         yield from self._check_destination(inputs)
 
     def _check_destination(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
@@ -144,6 +144,12 @@ class Config(StepConfig):
             return error.problems
         problem = None if found is None else resume.too_far(plan, found.iteration)
         return [] if problem is None else [problem]
+
+    def account(self, inputs: Mapping[str, Artifact]) -> Account | None:
+        if (model := _shape(inputs)) is None or any(misfits(self.peft, model)):
+            return None
+        # What Megatron-Bridge holds depends on its own settings, and on how it divides the model.
+        return Account.of(self.peft, model, self.train.precision if self.chosen_engine == "torch" else None)
 
     def launch_here(self) -> Iterator[Problem]:
         for key, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
@@ -185,6 +191,12 @@ class Config(StepConfig):
             rng=self.rng,
             facts=facts,
         )
+
+
+def _shape(inputs: Mapping[str, Artifact]) -> ModelConfig | None:
+    """The base's shape, where its record tells it."""
+    model = inputs[BASE].facts.get("model") if BASE in inputs else None
+    return ModelConfig(**model) if model and "num_layers" in model else None
 
 
 def _parallel(recipe: object) -> bool:
