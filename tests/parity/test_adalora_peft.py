@@ -128,6 +128,8 @@ def test_a_whole_run_prunes_the_same_and_learns_the_same(dtype):
         reference.step()
         made.adapters.method.after_step(made.adapters, step, STEPS)
         made.model.base_model.update_and_allocate(step)
+        if step < STEPS - TFINAL:
+            same_statistics(made, dtype)
         masks = [(mine.singular_values == 0, theirs.lora_E["default"] == 0) for mine, theirs in made.layers()]
         assert all(torch.equal(mine, theirs.view(-1)) for mine, theirs in masks)
         pruned.append(sum(int(mine.sum()) for mine, _ in masks))
@@ -140,6 +142,17 @@ def test_a_whole_run_prunes_the_same_and_learns_the_same(dtype):
     assert pruned[4] == pruned[6] == 0
     assert pruned[12:] == [pruned[12]] * 4
     assert all(off(value, start) > 0.01 for value, start in zip(trained, before, strict=True))
+
+
+def same_statistics(made: Pair, dtype: torch.dtype) -> None:
+    allocator, names = made.model.base_model.rankallocator, ("linear_in", "singular_values", "linear_out")
+    for linear, module in made.adapters.modules.items():
+        memory = module.memory()
+        for name, letter in zip(names, "AEB", strict=True):
+            for kind, theirs in (("sensitivity", allocator.exp_avg_ipt), ("uncertainty", allocator.exp_avg_unc)):
+                mine = memory[f"{name}_importance.{kind}"]
+                # Differences of products: their rounding is a little larger than that of the gradients.
+                assert off(mine, theirs[f"{linear}.lora_{letter}.default"].view_as(mine)) < 4 * DTYPES[dtype]
 
 
 def test_merged_weights_of_a_bfloat16_base_are_bitwise_the_same():

@@ -121,6 +121,25 @@ def test_pruned_triplets_can_be_dropped_from_the_factors():
     assert all(kind in told for kind in ("linear_proj", "linear_fc1", "linear_fc2"))
 
 
+def test_once_the_ranks_are_final_gradients_change_nothing_any_more():
+    adapters = adapted({"type": "adalora", "dim": 5, "target_r": 2, "tinit": 1, "tfinal": 4})
+    generator = torch.Generator().manual_seed(1)
+    remembered = {}
+    for iteration in range(1, 13):
+        shake(adapters, iteration)
+        for value in adapters.parameters().values():
+            value.grad = torch.randn(value.shape, generator=generator)
+        adapters.method.after_step(adapters, iteration, 12)
+        if iteration in (7, 8):
+            remembered[iteration] = {name: tensor.clone() for name, tensor in adapters.memory().items()}
+    now = adapters.memory()
+    assert all(torch.equal(now[name], tensor) for name, tensor in remembered[8].items())
+    # The last pruning, at step 8, goes by what was seen before it.
+    before = remembered[7]
+    assert all(torch.equal(now[name], before[name]) for name in now if not name.endswith(".kept"))
+    assert sum(adapters.method.report(adapters)["ranks"].values()) == 2 * LINEARS
+
+
 def test_nothing_is_pruned_where_the_rank_may_stay():
     adapters = adapted({"type": "adalora", "dim": 4, "target_r": 4})
     shake(adapters)
