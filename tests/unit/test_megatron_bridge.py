@@ -408,6 +408,17 @@ def test_everything_wrong_at_once_and_each_with_its_key(bridge: Callable[..., An
     assert found["optimiser"].hint == "Did you mean optimizer?"
 
 
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [("adalora", "Use engine: torch for this method."), ("vblora", "Use engine: torch for this method."),
+     ("lroa", "Did you mean lora?")],
+)  # fmt: skip
+def test_a_method_that_megatron_bridge_lacks_is_refused(bridge: Callable[..., Any], method: str, hint: str) -> None:
+    found = problems(lambda: bridge(peft={"type": method}))["peft.type"]
+    assert (found.what, found.allowed) == (f"Megatron-Bridge has no method {method!r}", "lora")
+    assert found.hint == hint
+
+
 def test_what_is_off_and_unknown_there_is_told_not_refused(bridge: Callable[..., Any]) -> None:
     log: list[str] = []
     bridge(optimizer={"fused": False}, peft={"use_rslora": None}, log=log)

@@ -9,10 +9,27 @@ from steps.config.peft import Peft
 from steps.errors import Problem
 
 
-class LowRank(Peft):
-    """A rank-dim update in two factors, scaled by alpha / dim."""
+class Ranked(Peft):
+    """An update of rank dim in two factors, whatever these are made of."""
 
     dim: int = Field(32, ge=1, description="Rank of the update")
+
+    def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
+        yield from super().misfits(shapes)
+        small = {name: shape for name, shape in shapes.items() if self.dim > min(shape)}
+        if small:
+            name, shape = min(small.items(), key=lambda entry: min(entry[1]))
+            more = f" (and {len(small) - 1} more kinds of linear)" if len(small) > 1 else ""
+            yield Problem(
+                where="peft.dim",
+                what=f"rank {self.dim} is above that of {name}, which is {list(shape)}{more}",
+                allowed=f"1 to {min(shape)}",
+            )
+
+
+class LowRank(Ranked):
+    """The two factors are what is trained; their product is scaled by alpha / dim."""
+
     alpha: float = Field(32, gt=0, description="The update is scaled by alpha / dim")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of values dropped on the adapter's path while training")
     dropout_position: Literal["pre", "post"] = Field("pre", description="Drop before linear_in or after linear_out")
@@ -33,18 +50,6 @@ class LowRank(Peft):
 
     def trainable(self, out_features: int, in_features: int) -> int:
         return self.dim * (out_features + in_features)
-
-    def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
-        yield from super().misfits(shapes)
-        small = {name: shape for name, shape in shapes.items() if self.dim > min(shape)}
-        if small:
-            name, shape = min(small.items(), key=lambda entry: min(entry[1]))
-            more = f" (and {len(small) - 1} more kinds of linear)" if len(small) > 1 else ""
-            yield Problem(
-                where="peft.dim",
-                what=f"rank {self.dim} is above that of {name}, which is {list(shape)}{more}",
-                allowed=f"1 to {min(shape)}",
-            )
 
     def bridge_section(self) -> dict[str, Any] | None:
         if self.quantization is not None:

@@ -12,7 +12,8 @@ ado, what is trained, saved as `<linear>.adapter.<tensor>` and loaded. From `fac
 Hugging Face PEFT; a method without a factor form writes `merge` itself. Everything else has a default: what all linears
 share (`shared`), a start that depends on data (`start`), learning rate and weight decay per parameter (`group`), a term
 of the loss (`penalty`), something to do after each optimizer step (`after_step`), what a checkpoint holds if that is
-not simply the module's state (`Adapter.saved`, `Adapter.memory`), and what the run reports at its end (`report`).
+not simply the module's state (`Adapter.saved`, `Adapter.memory`), and what the run reports at its end (`report`,
+`summary`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -106,6 +107,11 @@ class Factors:
         """The update [out, in], float32: the product first, then the scale, as peft rounds it."""
         return (self.b @ self.a).mul_(self.scale)
 
+    def compact(self) -> Factors:
+        """The same update without the triplets that add nothing to it: those whose row of a is zero. r may become 0."""
+        kept = self.a.any(1)
+        return replace(self, a=self.a[kept], b=self.b[:, kept])
+
 
 @dataclass(frozen=True)
 class Group:
@@ -185,6 +191,10 @@ class Method(ABC, Generic[S]):
     def report(self, adapters: Adapters) -> dict[str, Any]:
         """What the record of the checkpoint says of the result beyond the settings: final ranks, for example."""
         return {}
+
+    def summary(self, adapters: Adapters) -> str:
+        """The same in one line for the log of the run; '' where there is nothing to tell."""
+        return ""
 
 
 _METHODS: dict[str, type[Method[Any]]] = {}

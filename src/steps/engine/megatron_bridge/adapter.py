@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from steps.config.peft import names
 from steps.engine.megatron_bridge.findings import Findings
 from steps.engine.megatron_bridge.values import construct
 from steps.errors import suggest
@@ -30,7 +31,7 @@ def build(section: Mapping[str, Any], classes: Mapping[str, type], recipe_peft: 
     kind = scheme(section)
     cls = classes.get(kind)
     if cls is None:
-        hint = suggest(kind, classes) or "Use engine: torch for this method."
+        hint = "Use engine: torch for this method." if kind in names() else suggest(kind, classes)
         findings.problem(
             "peft.type", f"Megatron-Bridge has no method {kind!r}", allowed=", ".join(sorted(classes)), hint=hint
         )

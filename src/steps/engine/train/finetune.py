@@ -83,6 +83,8 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
             save(position)
         if here.is_main:
             saver.finish(position, trained)
+            if told := trained.method.summary(trained):
+                progress.log(f"{plan.peft.type}: {told}")
         return Result(record.facts, trainer.tokens_per_second)
 
 
@@ -107,8 +109,10 @@ def _start(plan: Plan, trained: adapters.Adapters, split: PackedSplit, here: Wor
     order = Order(len(split), plan.rng.seed)
     rows = range(min(trained.method.calibration_rows, len(split)))
     trained.method.start(trained, [read(split, [order[row]]).to(here.device) for row in rows])
-    for parameter in trained.parameters().values():
-        here.broadcast(parameter.detach())
+    # Where the tensors live, not `trained.tensors()`: what stands for them in a checkpoint may be made on the spot.
+    for module in (trained.shared, *trained.modules.values()):
+        for tensor in () if module is None else module.state_dict().values():
+            here.broadcast(tensor)
 
 
 def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Tensor]]:
