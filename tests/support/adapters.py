@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "canonical_lora": ({"dim": 4, "dropout": 0.2}, {"dim": 4, "target_modules": ["q_proj", "linear_v", "up_proj"]}),
     "dora": ({"dim": 4, "alpha": 6}, {"dim": 4, "alpha": 6, "dropout": 0.2}),
+    "waveft": ({"n_frequency": 60, "scaling": 5.0, "random_loc_seed": 3},),
 }
 CASES = [{"type": name, **variant} for name, variants in VARIANTS.items() for variant in variants]
 #: How far from the base a method starts, by its paper: not at all, unless it is here.
