@@ -1,16 +1,14 @@
-"""The same model twice, ours with adapters and torch's or transformers' under Hugging Face peft, with the same numbers."""
+"""The same model twice, with the same numbers: ours with adapters, and torch's or transformers' under peft."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from support.models import save_hf
-from support.packed import SHAPE
 from torch import Tensor, nn
 
 from steps.config.peft import Peft
@@ -23,6 +21,8 @@ from steps.engine.model.layers import Linear
 from steps.engine.train.loss import cross_entropy_sum
 from steps.engine.train.optim import AdamW
 from steps.shapes.targets import HF_NAMES, PARTS, chosen
+from support.models import save_hf
+from support.packed import SHAPE
 
 #: What peft calls each of our adapter tensors.
 TENSORS = {
@@ -33,14 +33,15 @@ TENSORS = {
 }
 #: One linear, relative to the whole tensor: the same sums in another order, of some 100 terms, at 1e-16 or 6e-8 each.
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
-#: A model. In float64 only what transformers always does in float32 (norms, rotation, softmax, loss) makes a difference.
+#: A model. In float64 all that differs is what transformers always does in float32: norms, rotation, softmax, loss.
 THROUGH = {torch.float64: 2e-6, torch.float32: 2e-4}
 ADAMW = Optimizer(lr=0.01, weight_decay=0.1)
 
 
-def reference_adamw(parameters: Any) -> torch.optim.AdamW:
+def reference_adamw(decayed: Sequence[Tensor], others: Sequence[Tensor] = ()) -> torch.optim.AdamW:
     """torch's, with the settings of ADAMW."""
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
 
 def off(mine: Tensor, theirs: Tensor) -> float:
@@ -79,8 +80,6 @@ class LinearPair:
         draw = torch.Generator().manual_seed(out_features * in_features)
         weight = torch.randn(shape, generator=draw) / in_features**0.5 if weight is None else weight
         base_dtype = base_dtype or dtype
-        # The start is made from float32 or bfloat16 weights on both sides: peft knows no other.
-        start_dtype = torch.float32 if base_dtype == torch.float64 else base_dtype
         self.mine, plain = Linear(in_features, out_features, bias=bias), nn.Linear(in_features, out_features, bias)
         offset = torch.randn(out_features, generator=draw)
         with torch.no_grad():
@@ -88,16 +87,14 @@ class LinearPair:
                 linear.weight.copy_(weight)
                 if bias:
                     linear.bias.copy_(offset)
-                linear.to(start_dtype)
+                linear.to(base_dtype)
         self.method = base.create(section, SHAPE)
         self.adapter = self.method.build(base.Target("linear_fc2", self.mine, (), 3)).to(dtype)
         self.mine.adapter = self.adapter
-        self.mine.to(base_dtype)
-        self.adapter.to(dtype)
         self.model = peft.get_peft_model(nn.Sequential(OrderedDict(proj=plain)), settings)
         self.theirs = self.model.get_submodule("base_model.model.proj")
-        for name, value in self.theirs.named_parameters():
-            value.data = value.data.to(base_dtype if "base_layer" in name else dtype)
+        for value in self.theirs.parameters():
+            value.data = value.data.to(dtype if value.requires_grad else base_dtype)
         if moved:
             fill(self.adapter, draw)
             self.share()
@@ -152,7 +149,10 @@ class ModelPair:
     def __init__(
         self, directory: Path, family: str, dtype: torch.dtype, section: Peft, settings: Any, *, moved: bool = True
     ) -> None:
-        """settings: peft's, without target_modules. moved: the adapters are away from their start."""
+        """settings: peft's, without target_modules. moved: the adapters are away from their start.
+
+        dtype: of the base, and of the adapters, which are float32 beside a bfloat16 base.
+        """
         import peft
         from transformers import AutoModelForCausalLM
 
@@ -165,14 +165,17 @@ class ModelPair:
         self.adapters = base.attach(self.decoder, self.method, chosen(section, self.config.num_layers), 0)
         generator = torch.Generator().manual_seed(1)
         for module in self.adapters.modules.values():
-            module.to(dtype)
+            if dtype != torch.bfloat16:
+                module.to(dtype)
             if moved:
                 fill(module, generator)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
         settings.target_modules = {
             HF_NAMES[part] for name in self.adapters.modules for part in _parts(name.rpartition(".")[2])
         }
-        self.model = peft.get_peft_model(model, settings).to(dtype)
+        self.model = peft.get_peft_model(model, settings)
+        if dtype != torch.bfloat16:
+            self.model.to(dtype)
         if moved:
             self.share()
         self.ids = torch.randint(self.config.vocab_size, (2, 24), generator=generator)
@@ -229,9 +232,21 @@ class ModelPair:
         mine = cross_entropy_sum(hidden[trained], self.decoder.output_weight, targets) / len(targets)
         return mine, self.model(self.ids, labels=self.ids).loss
 
-    def trained(self) -> list[Tensor]:
-        """peft's trained tensors."""
-        return [value for value in self.model.parameters() if value.requires_grad]
+    def trained(self, *, decayed: bool = True) -> list[Tensor]:
+        """peft's trained tensors: matrices, or (decayed: False) vectors."""
+        return [value for value in self.model.parameters() if value.requires_grad and decayed == (value.ndim > 1)]
+
+    def train(self, iterations: int = 3) -> None:
+        """Optimizer steps on both sides: our AdamW against torch's."""
+        optimizer = AdamW(self.adapters, ADAMW)
+        reference = reference_adamw(self.trained(), self.trained(decayed=False))
+        for _ in range(iterations):
+            for loss in self.losses():
+                loss.backward()
+            optimizer.step(ADAMW.lr)
+            reference.step()
+            self.decoder.zero_grad()
+            self.model.zero_grad()
 
     def values(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each trained tensor of each part with peft's."""
