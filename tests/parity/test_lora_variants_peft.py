@@ -51,8 +51,7 @@ def test_three_adamw_steps(ours, theirs, dtype):
     both.train(3)
     for old, (mine, expected) in zip(before, both.tensors(), strict=True):
         assert off(mine, old) > 0.01
-        # Adam divides each gradient by its own size, so the small ones come with more than their share of the rounding.
-        assert off(mine, expected) < 100 * EXACT[dtype]
+        assert off(mine, expected) < EXACT[dtype]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), VARIANTS.values(), ids=VARIANTS)
@@ -72,7 +71,7 @@ def test_lora_plus_steps(dtype):
 
     both = pair({"lora_plus_ratio": 16.0}, dtype=dtype)
     optimizer = create_loraplus_optimizer(
-        both.model, torch.optim.AdamW, lr=ADAMW.lr, loraplus_lr_ratio=16, betas=(0.9, 0.95), eps=1e-8,
+        both.model, torch.optim.AdamW, lr=ADAMW.lr, loraplus_lr_ratio=16, betas=(0.9, 0.95), eps=ADAMW.adam_eps,
         loraplus_weight_decay=ADAMW.weight_decay,
     )  # fmt: skip
     assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {0.01, 0.16}
@@ -80,7 +79,7 @@ def test_lora_plus_steps(dtype):
     start = a.detach().clone(), b.detach().clone()
     both.train(3, reference=optimizer)
     for mine, expected in both.tensors():
-        assert off(mine, expected) < 100 * EXACT[dtype]  # as in test_three_adamw_steps
+        assert off(mine, expected) < EXACT[dtype]
     assert (b - start[1]).abs().mean() > 8 * (a - start[0]).abs().mean()
 
 
@@ -107,8 +106,8 @@ def test_a_start_from_the_weight_is_pefts(name, shape, alpha):
         assert off(mine, expected) < 2e-5
     both.train(3)
     assert off(b @ a, before) > 0.01
-    # A step of Adam turns with the sign of a gradient, so flipped vectors stay flipped; small gradients as above.
-    assert off(b @ a, peft_b @ peft_a) < 1e-4
+    # A step of Adam turns with the sign of a gradient, so flipped vectors stay flipped.
+    assert off(b @ a, peft_b @ peft_a) < 2e-5
     mine, expected = both.merged()
     assert off(mine, expected) < 1e-5
 
@@ -168,7 +167,7 @@ def test_eva_finds_pefts_directions(tmp_path):
             theirs = layer.get_parameter("lora_A.default.weight").detach().double()
             assert theirs.shape == mine.shape
             # The same subspace: projections agree. Float32 singular vectors, with neighbours as near as 1 %.
-            assert off(mine.T @ mine, theirs.T @ theirs) < 2e-3
+            assert off(mine.T @ mine, theirs.T @ theirs) < 1e-4
             # And in the same order: each direction by itself, up to its sign.
             assert (mine * theirs).sum(1).abs().median() > 0.999
             compared += 1

@@ -35,13 +35,17 @@ TENSORS = {
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 #: A model. In float64 all that differs is what transformers always does in float32: norms, rotation, softmax, loss.
 THROUGH = {torch.float64: 2e-6, torch.float32: 2e-4}
-ADAMW = Optimizer(lr=0.01, weight_decay=0.1)
+#: A model's adapters after three steps, in either dtype, with gradients as near to each other as that.
+STEPPED = 5e-5
+# Adam divides each gradient by its own size plus epsilon: with the usual 1e-8, those near zero would turn float32 noise
+# into whole steps.
+ADAMW = Optimizer(lr=0.01, weight_decay=0.1, adam_eps=1e-5)
 
 
 def reference_adamw(decayed: Sequence[Tensor], others: Sequence[Tensor] = ()) -> torch.optim.AdamW:
     """torch's, with the settings of ADAMW."""
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-5)
 
 
 def off(mine: Tensor, theirs: Tensor) -> float:
