@@ -7,7 +7,7 @@ import torch
 from support.peft_pairs import ADAMW, EXACT, THROUGH, LinearPair, ModelPair, off
 
 from steps.config.peft.lora import LoRA
-from steps.engine.adapters.starts import activations
+from steps.engine.adapters.starts import activations, principal
 from steps.engine.data.batches import MicroBatch
 
 peft = pytest.importorskip("peft")
@@ -42,6 +42,17 @@ def test_forward_and_gradients(ours, theirs, bias, dtype):
     assert off(mine, both.mine.project(both.x)) > 0.1
     for got, wanted in both.gradients():
         assert off(got, wanted) < EXACT[dtype]
+
+
+def test_dropout_in_training_drops_what_peft_drops(dtype):
+    both = pair({"dropout": 0.3}, {"lora_dropout": 0.3}, dtype=dtype)
+    calm, _ = both.outputs()
+    found = []
+    for side in (both.mine, both.theirs):
+        torch.manual_seed(0)  # the same values are dropped
+        found.append(side.train()(both.x))
+    assert off(*found) < EXACT[dtype]
+    assert off(found[0], calm) > 0.1
 
 
 @pytest.mark.parametrize(("ours", "theirs"), VARIANTS.values(), ids=VARIANTS)
@@ -136,6 +147,18 @@ def test_a_moved_start_keeps_a_bfloat16_base_whole(name):
     half_a_step = base.abs().max().item() * 2**-8
     assert errors[0] <= half_a_step
     assert errors[0] < errors[1]
+
+
+def test_principal_vectors_of_a_large_weight_are_the_best_ones():
+    """Beyond 2,048 they come from subspace iterations. A random matrix is the worst there is: no singular value stands
+    out, and the subspace is not unique to any digit; what it leaves of the weight is."""
+    weight = torch.randn(2100, 2060, generator=torch.Generator().manual_seed(0)) / 2060**0.5
+    a, b = principal(weight, 8, 2.5, torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(weight)
+    explained = (weight.norm() ** 2 - (weight - 2.5 * b @ a).norm() ** 2) / values[:8].square().sum()
+    assert 0.99 < explained <= 1.0001
+    again, _ = principal(weight, 8, 2.5, torch.Generator().manual_seed(1))
+    assert torch.equal(a, again)
 
 
 def test_eva_finds_pefts_directions(tmp_path):

@@ -1,4 +1,4 @@
-"""WaveFT: a few coefficients of the weight's 2D Haar transform are trained (arXiv 2505.12532, section 3).
+"""WaveFT: a few coefficients of the weight's 2D Haar transform are trained (arXiv 2505.12532).
 
 W' = W + scaling * R^T S C, with S a sparse matrix of the weight's shape holding the trained coefficients, and R and C
 the orthonormal one-level Haar transforms of the output and the input features. Where the coefficients are follows from
@@ -69,8 +69,8 @@ class Positions:
     def on(self, device: torch.device) -> tuple[Sparse, Sparse]:
         """The sparse matrix [height, width] and its transpose."""
         if device not in self._placed:
-            pair = (_sorted(self.rows, self.columns, self.height), _sorted(self.columns, self.rows, self.width))
-            self._placed[device] = tuple(Sparse(*(value.to(device) for value in one)) for one in pair)  # type: ignore[assignment]
+            rows, columns = self.rows.to(device), self.columns.to(device)
+            self._placed[device] = _sorted(rows, columns, self.height), _sorted(columns, rows, self.width)
         return self._placed[device]
 
 
