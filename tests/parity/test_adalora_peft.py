@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.peft_pairs import LlamaPair, Pair, loss, off, shaken
+from support.peft_stacks import LlamaPair, Pair, loss, off, shaken
 from torch.nn import functional as F
 
 from steps.config.peft.adalora import AdaLoRA

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.peft_pairs import LlamaPair, Pair, loss, off, shaken
+from support.peft_stacks import LlamaPair, Pair, loss, off, shaken
 
 from steps.config.peft.vblora import VBLoRA
 from steps.engine.adapters.vblora import joined

@@ -41,6 +41,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"dim": 4, "num_vectors": 20, "vector_length": 16},
         {"dim": 4, "num_vectors": 300, "vector_length": 8, "topk": 3, "dropout": 0.2},
     ),
+    "waveft": ({"n_frequency": 60, "scaling": 5.0, "random_loc_seed": 3},),
 }
 CASES = [{"type": name, **variant} for name, variants in VARIANTS.items() for variant in variants]
 #: How far from the base a method starts, by its paper: not at all, unless it is here.

@@ -123,9 +123,11 @@ def test_bfloat16_base_keeps_float32_masters_and_computes_in_bfloat16(case):
     assert logits.dtype == torch.bfloat16
     logits.float().square().mean().backward()
     assert all(value.dtype == value.grad.dtype == torch.float32 for value in adapters.parameters().values())
-    # So small a random model amplifies each rounding: the base alone, computed in bfloat16, is 3 % off.
-    base = _off(random_decoder(dtype=torch.bfloat16)(IDS, BOUNDS), random_decoder()(IDS, BOUNDS))
-    assert _off(logits, wide.decoder.eval()(IDS, BOUNDS)) < 5 * base
+    # So small a random model amplifies each rounding, and the more the further its adapters took it. What that comes to
+    # without any adapter: the merged model, computed in bfloat16. (PiSSA's and OLoRA's update is a small difference.)
+    expected = wide.decoder.eval()(IDS, BOUNDS)
+    allowed = 4 if case.get("init_lora_weights") in ("pissa", "olora") else 2
+    assert _off(logits, expected) < allowed * _off(_merged_bfloat16(wide)(IDS, BOUNDS), expected)
 
 
 @every_case
@@ -163,6 +165,18 @@ def test_two_processes_do_the_work_of_one(case, root, tmp_path):
     assert one.keys() == two.keys()
     # Float32 sums in another order, over twelve Adam steps.
     assert all(two[key] == pytest.approx(value, rel=1e-4) for key, value in one.items())
+
+
+def _merged_bfloat16(adapters):
+    """A plain decoder in bfloat16 with the adapters merged."""
+    merged, shared = random_decoder(dtype=torch.bfloat16), {}
+    if adapters.shared is not None:
+        shared = adapters.shared.state_dict()
+    for name, module in adapters.modules.items():
+        tensors = {key: value.detach() for key, value in module.saved().items()}
+        weight = adapters.decoder.linears()[name].weight
+        merged.linears()[name].weight.copy_(adapters.method.merge(name, weight, tensors, shared))
+    return merged
 
 
 def _off(got: torch.Tensor, expected: torch.Tensor) -> float:

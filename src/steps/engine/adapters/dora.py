@@ -5,7 +5,8 @@ gradient (section 4.3). It is never taken of a matrix B A: for a row w of W and 
 
     ||w + s b A||^2 = ||w||^2 + 2 s b (A w) + s^2 b (A A^T) b^T
 
-which costs as much as r more tokens. Rows of W that are zero have no direction: they keep what B A gives them.
+which costs as much as r more tokens. A row of W + s B A that is zero has no direction, and is zero whatever its
+magnitude: its factor is taken as 1, so that B still learns.
 """
 
 from __future__ import annotations
