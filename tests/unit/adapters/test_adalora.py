@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.adapters import adapted, shake, train
 from support.packed import SHAPE, random_rows, write_base, write_packed
@@ -39,6 +39,7 @@ def test_the_defaults_suit_a_run_of_any_length(train_iters):
     assert section.budget(train_iters, train_iters, 5) == 5 * section.target_r
 
 
+@settings(max_examples=400, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300))
 def test_what_is_left_out_never_makes_a_schedule_impossible(train_iters, tinit, tfinal):
     """A half of the schedule that fits by itself is completed to one that fits."""
@@ -56,6 +57,7 @@ def test_settings_that_contradict_each_other_are_refused():
     assert AdaLoRA().bridge_section() is None
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=1, max_size=5), st.data())
 def test_exactly_as_many_triplets_are_kept_as_the_budget_says_also_where_scores_are_equal(scores, data):
     vectors = [torch.tensor(values, dtype=torch.float32) for values in scores]

@@ -60,6 +60,10 @@ class AdaLoRA(LowRank):
     def trainable(self, out_features: int, in_features: int) -> int:
         return super().trainable(out_features, in_features) + self.dim
 
+    def untrained_bytes(self, out_features: int, in_features: int) -> int:
+        # Two smoothed statistics for each parameter, float32, and which triplets are kept.
+        return 8 * self.trainable(out_features, in_features) + self.dim
+
     def check(self, train_iters: int) -> Iterator[Problem]:
         yield from super().check(train_iters)
         if self.target_r > self.dim:
