@@ -54,6 +54,8 @@ class Config(StepConfig):
 
     def warnings(self, facts: Mapping[str, Any], section: Mapping[str, Any], use_dora: bool) -> Iterable[str]:
         """What is worth saying of an adapter (by its record's facts and its settings) to who serves it."""
+        if not facts:
+            yield f"{self.lora_checkpoint} does not say which base it was trained on: the base is taken on trust"
         if facts.get("finished") is False:
             yield f"{self.lora_checkpoint} is unfinished: training stopped at iteration {facts.get('iteration')}"
         if use_dora:

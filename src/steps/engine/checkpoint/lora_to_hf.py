@@ -81,7 +81,7 @@ def _modules(adapter: Adapter, factors: FactorsOf, model: ModelConfig) -> Iterat
 
 def _rows(model: ModelConfig, part: str, factors: Factored) -> Update:
     """The same A, and the part's own rows of B and of the magnitude."""
-    b = part_view(model, part, factors.b.T).reshape(factors.b.shape[1], -1).T
+    b = part_view(model, part, factors.b.T).flatten(1).T  # by way of [r, groups, heads, D]; r may be 0
     magnitude = factors.magnitude
     if magnitude is not None:
         magnitude = part_view(model, part, magnitude).reshape(-1)
