@@ -16,7 +16,7 @@ from support.run_step import run_step
 from steps.config.peft import section_class
 from steps.engine.adapters import load_back
 from steps.engine.adapters.base import create
-from steps.engine.checkpoint import hf_adapter
+from steps.engine.checkpoint import hf_adapter, megatron
 from steps.engine.checkpoint.convert import megatron_source
 from steps.engine.checkpoint.lora_to_hf import export
 from steps.engine.checkpoint.merge import open_adapter
@@ -129,12 +129,16 @@ def test_both_readers_find_every_form_of_adapter_right(case, reader, tmp_path, m
     assert found.off <= found.allowed < 0.01 * found.moved
 
 
-def in_memory(root, case, reader, monkeypatch):
-    """A directory to write to, what is to be written there, and the comparison that follows."""
+def in_memory(root, case, reader, monkeypatch, change=lambda text: text):
+    """A directory to write to, what is to be written there, and the comparison that follows.
+
+    change: of the base's config.json, which only peft's reader looks at.
+    """
     if reader == "own":
         monkeypatch.setitem(sys.modules, "peft", None)
     trained(root, FAMILY, CASES[case])
     adapter, base = open_adapter(root / "lora"), megatron_source(root / "base")
+    base = replace(base, files={**base.files, "config.json": change(base.files["config.json"])})
     method = create(adapter.section, base.config)
     meant = export(adapter, method.factors, base.config, None)
     (root / "out").mkdir()
@@ -277,6 +281,30 @@ def test_wrong_inputs_are_told(lora):
     assert done.returncode == 4
     assert "is damaged" in done.stderr
     assert not (lora.root / "out").exists()
+
+
+def test_a_checkpoint_whose_tensors_belie_its_own_model_is_damage(lora):
+    for name, told in (("mlp.linear_fc2", "[80, 96]"), ("self_attention.linear_qkv", "do not fit its model")):
+        linear = f"decoder.layers.0.{name}.adapter."
+        tensors = {f"{linear}linear_in.weight": torch.ones(4, 96), f"{linear}linear_out.weight": torch.ones(80, 4)}
+        settings = open_adapter(lora.root / "lora").checkpoint.run_config
+        megatron.write(lora.root / name, tensors, num_layers=3, run_config=settings)
+        done = to_hf(lora.root, lora_checkpoint=name)
+        assert done.returncode == 4
+        assert told in done.stderr
+        assert "[damaged_artifact]" in done.stderr
+
+
+def test_a_base_that_transformers_computes_otherwise_is_not_blamed_on_the_adapter(tmp_path, monkeypatch):
+    """Here: its config.json says another rotation than its run_config.yaml."""
+
+    def turned(text):
+        return text.replace("10000.0", "500.0")
+
+    root, meant, check = in_memory(tmp_path, "lora", "peft", monkeypatch, turned)
+    hf_adapter.write(root, meant)
+    with pytest.raises(StepFailed, match="so are those of the base without it, .*no fault of the adapter"):
+        check()
 
 
 def test_the_exported_adapter_is_served_as_the_merged_model_is(lora):

@@ -44,10 +44,13 @@ def export(adapter: Adapter, factors: FactorsOf, model: ModelConfig, base: str |
     Raises ArtifactError (damaged_artifact) for tensors that do not fit the model.
     """
     found = dict(_modules(adapter, factors, model))
-    order = [targets.hf_name(name) for name in targets.linear_names(model.num_layers, canonical=True)]
-    if foreign := set(found) - set(order):
-        raise ArtifactError(f"the adapter is for {min(foreign)}, which its own model does not have")
-    updates = uniform({module: found[module] for module in order if module in found})
+    names = {targets.hf_name(name): name for name in targets.linear_names(model.num_layers, canonical=True)}
+    for module, update in found.items():
+        size = len(update.b), update.a.shape[1]
+        if module not in names or size != targets.shape(model, names[module]):
+            what = f"{adapter.checkpoint.folder} adapts {module} {list(size)}, which its own model does not have"
+            raise ArtifactError(what, name="damaged_artifact")
+    updates = uniform({module: found[module] for module in names if module in found})  # in the order of computation
     updates = _in_stored_dtype(adapter, updates)
     some = next(iter(updates.values()))
     lora_alpha, use_rslora = _alpha(adapter.section, some.rank, some.scale)
@@ -91,7 +94,7 @@ def _rows(model: ModelConfig, part: str, factors: Factored) -> Update:
 def _in_stored_dtype(adapter: Adapter, updates: Mapping[str, Update]) -> dict[str, Update]:
     """Method.factors is float32: as stored, unless that would lose something (products, a scale folded in)."""
     stored = {tensor.dtype for tensors in adapter.linears.values() for tensor in tensors.values()}
-    narrow = stored.pop() if len(stored) == 1 else torch.float32
+    narrow = stored.pop() if stored in ({torch.bfloat16}, {torch.float16}) else torch.float32
     narrowed = {module: update.to(narrow) for module, update in updates.items()}
     same = all(
         torch.equal(tensor.float(), updates[module].tensors()[name])
