@@ -117,8 +117,11 @@ def test_filters_follow_is_a(tmp_path):
 
     assert "data_prep/demo_chat" in found("--produces", "training_jsonl")
     assert "data_prep/sft_packing" in found("--consumes", "raw_jsonl")
-    assert found("--produces", "checkpoint_lora") == {"peft/megatron_bridge"}
-    assert found("--category", "convert", "--consumes", "checkpoint_lora") == {"convert/merge_lora"}
+    assert found("--produces", "checkpoint_lora") == {"convert/hf_to_lora", "peft/megatron_bridge"}
+    assert found("--category", "convert", "--consumes", "checkpoint_lora") == {
+        "convert/lora_to_hf",
+        "convert/merge_lora",
+    }
 
 
 def test_tables_are_whole_in_a_pipe_and_narrow_terminals_cut_no_id(tmp_path):

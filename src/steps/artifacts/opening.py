@@ -32,7 +32,14 @@ CONTRACTS: Mapping[str, Callable[[Path], str]] = {
     "checkpoint_hf": checkpoint.check_hf,
     "checkpoint_megatron": checkpoint.check_megatron,
     "checkpoint_lora": checkpoint.check_lora,
+    "checkpoint_hf_adapter": checkpoint.check_hf_adapter,
     "training_jsonl": training_jsonl.check,
+}
+
+# How what is there can be seen to be damaged, in the same way.
+DAMAGES: Mapping[str, Callable[[Path], str]] = {
+    "checkpoint_hf": checkpoint.damage_hf,
+    "checkpoint_hf_adapter": checkpoint.damage_hf_adapter,
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -75,11 +82,11 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
     for wanted, check in CONTRACTS.items():
         if graph.is_a(type, wanted) and (fault := check(path)):
             raise _error(key, f"{value} is no {type}: {fault}", "wrong_type")
-    if type == "checkpoint_hf" and (lack := checkpoint.damage_hf(path)):
+    if type in DAMAGES and (lack := DAMAGES[type](path)):
         raise _error(key, f"{value} is damaged: {lack}", "damaged_artifact")
     warnings = (
         ()
-        if graph.is_a(type, "training_jsonl") or type == "checkpoint_hf"
+        if graph.is_a(type, "training_jsonl") or type in DAMAGES
         else (f"{value} has no artifact.json: its contents are taken on trust",)
     )
     return Artifact(key, type, value, root, warnings=warnings)

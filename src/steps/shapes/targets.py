@@ -23,6 +23,11 @@ HF_NAMES = {
     "linear_q": "q_proj", "linear_k": "k_proj", "linear_v": "v_proj", "linear_proj": "o_proj",
     "linear_fc1_gate": "gate_proj", "linear_fc1_up": "up_proj", "linear_fc2": "down_proj",
 }  # fmt: skip
+#: Megatron-Bridge's name of a part's adapter, within that of the fused linear.
+PART_ADAPTERS = {
+    "linear_q": "adapter_q", "linear_k": "adapter_k", "linear_v": "adapter_v",
+    "linear_fc1_gate": "adapter_gate", "linear_fc1_up": "adapter_up",
+}  # fmt: skip
 _FROM_HF = {hf: name for name, hf in HF_NAMES.items()}
 # What still other libraries call them.
 _ELSEWHERE = {
@@ -69,6 +74,15 @@ def layer(name: str) -> int:
     return int(name.split(".")[2])
 
 
+def hf_name(name: str) -> str:
+    """Hugging Face's full name of a part, or of a linear that is not fused.
+
+    decoder.layers.0.self_attention.linear_q -> model.layers.0.self_attn.q_proj.
+    """
+    before, _, last = name.rpartition(".")
+    return f"{re.sub(r'^decoder', 'model', before).replace('self_attention', 'self_attn')}.{HF_NAMES[last]}"
+
+
 def shape(model: ModelConfig, name: str) -> tuple[int, int]:
     """(out, in) of a linear or a part, by its full name or the last part of it."""
     last = name.rpartition(".")[2]
@@ -84,14 +98,6 @@ def shape(model: ModelConfig, name: str) -> tuple[int, int]:
 def chosen(section: Targeting, num_layers: int) -> list[str]:
     """Full names of what a `peft` section adapts, in its own vocabulary."""
     return select(section.targets_asked, section.exclude_modules, linear_names(num_layers, canonical=section.canonical))
-
-
-def as_patterns(names: Sequence[str], num_layers: int) -> list[str]:
-    """The shortest target_modules that mean just `names`: "linear_q" where every layer has it, full names elsewhere."""
-    by_kind: dict[str, list[str]] = {}
-    for name in names:
-        by_kind.setdefault(name.rpartition(".")[2], []).append(name)
-    return [pattern for kind, found in by_kind.items() for pattern in ([kind] if len(found) == num_layers else found)]
 
 
 def faults(section: Targeting, num_layers: int) -> Iterator[Problem]:
@@ -131,6 +137,13 @@ def select(target_modules: Sequence[str], exclude_modules: Sequence[str], names:
         if any(matches(pattern, name) for pattern in wanted)
         and not any(matches(pattern, name) for pattern in exclude_modules)
     ]
+
+
+def covering(names: Sequence[str], num_layers: int) -> list[str]:
+    """Targets that mean exactly `names`, full names: their last parts where every layer has them all, themselves
+    otherwise. Both we and peft take an entry for a full name or for the end of one."""
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return last if len(names) == len(last) * num_layers else list(names)
 
 
 def problems(target_modules: Sequence[str], exclude_modules: Sequence[str], names: Sequence[str]) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ import pytest
 from support.packed import SHAPE
 
 from steps.engine.model.decoder import Decoder
-from steps.shapes.targets import as_patterns, chosen, faults, home, linear_names, parts, problems, select, shape
+from steps.shapes.targets import chosen, covering, faults, home, linear_names, parts, problems, select, shape
 
 NAMES = linear_names(12)
 
@@ -93,7 +93,7 @@ def test_canonical_methods_adapt_just_the_parts(targets, found):
     names = chosen(section, 2)
     assert [(int(name.split(".")[2]), name.rpartition(".")[2]) for name in names] == found
     assert all(home(name)[0] in linear_names(2) for name in names)
-    assert chosen(Canonical(as_patterns(names, 2)), 2) == names
+    assert chosen(Canonical(covering(names, 2)), 2) == names
 
 
 @pytest.mark.parametrize(("fused", "instead"), [("linear_qkv", "linear_q, linear_k, linear_v"),

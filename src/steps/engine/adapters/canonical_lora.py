@@ -18,13 +18,9 @@ from steps.engine.adapters.lora import LoRAAdapter, Pair
 from steps.engine.adapters.starts import matrix
 from steps.engine.checkpoint.mapping import part_view
 from steps.engine.model.layers import Linear
+from steps.shapes.targets import PART_ADAPTERS as NAMES
 from steps.shapes.targets import shape
 
-#: Megatron-Bridge's name of each part's adapter.
-NAMES = {
-    "linear_q": "adapter_q", "linear_k": "adapter_k", "linear_v": "adapter_v",
-    "linear_fc1_up": "adapter_up", "linear_fc1_gate": "adapter_gate",
-}  # fmt: skip
 _PARTS = {name: part for part, name in NAMES.items()}
 
 

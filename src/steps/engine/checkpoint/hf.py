@@ -19,7 +19,7 @@ from steps.artifacts.opening import is_hub_id
 from steps.engine.checkpoint.dcp import damaged
 from steps.engine.checkpoint.fingerprint import DTYPE_NAMES, raw
 from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
-from steps.engine.progress import SILENT, Progress
+from steps.engine.progress import SILENT, Progress, Task
 from steps.errors import ArtifactError, Problem
 from steps.shapes import hf_config
 from steps.shapes.model_config import ModelConfig
@@ -220,7 +220,7 @@ def write_directory(
             if len(shards) > 1:
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= dict.fromkeys(shard, name)
-            _write_shard(directory / name, shard, task)
+            write_safetensors(directory / name, shard, task)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -239,7 +239,7 @@ def _shards(tensors: LazyTensors, shard_bytes: int) -> list[dict[str, LazyTensor
     return shards
 
 
-def _write_shard(path: Path, tensors: LazyTensors, task: Any) -> None:
+def write_safetensors(path: Path, tensors: LazyTensors, task: Task) -> None:
     """The safetensors format: u64 length of a JSON header, the header padded to 8 bytes, then the bytes of the tensors.
 
     Written here because the library's own writer wants all tensors of a file in memory.

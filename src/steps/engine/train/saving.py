@@ -15,13 +15,13 @@ from typing import Any
 from steps.artifacts import record as records
 from steps.artifacts.checkpoint import iterations
 from steps.artifacts.record import Record
-from steps.engine.adapters.base import Adapters, Method
+from steps.engine.adapters.base import Adapters
 from steps.engine.checkpoint import megatron
+from steps.engine.checkpoint.adapter_config import adapter_run_config
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan, differences, mismatches, other_precision
 from steps.engine.train.resume import find
 from steps.errors import ArtifactError
-from steps.shapes.targets import as_patterns, chosen
 
 TYPE = "checkpoint_lora"
 # Settings of a method that stand in the record by themselves; all of them are in facts["peft"].
@@ -145,7 +145,9 @@ class Saver:
             directory,
             adapters.tensors(),
             num_layers=adapters.decoder.config.num_layers,
-            run_config=self._run_config(adapters.method),
+            run_config=adapter_run_config(
+                self.base.run_config, adapters.method.section, adapters.method.bridge_class, self.plan.base_dir
+            ),
             iteration=position.iteration,
             consumed_samples=position.consumed_samples,
             training_state={
@@ -186,33 +188,6 @@ class Saver:
             "identity": self.plan.identity(),
             "compute_dtype": _compute_dtype(adapters), **({"rollback": self.rollback} if self.rollback else {}),
         }  # fmt: skip
-
-    def _run_config(self, method: Method[Any]) -> dict[str, Any]:
-        base = self.base.run_config
-        checkpoint: Mapping[str, Any] = base.get("checkpoint") or {}
-        return {
-            **base,
-            "peft": _peft_section(method),
-            # Ours beside it, which Megatron-Bridge ignores: all settings, in our names.
-            "adapter": method.section.model_dump(),
-            "checkpoint": {**checkpoint, "pretrained_checkpoint": str(self.plan.base_dir.resolve())},
-        }
-
-
-def _peft_section(method: Method[Any]) -> dict[str, Any]:
-    """The method's settings as Megatron-Bridge writes them where it has the method, as ours otherwise."""
-    section: dict[str, Any] | None = method.section.bridge_section()
-    if section is None or not method.bridge_class:
-        return dict(method.section.model_dump())
-    dtypes = {
-        name: {"_target_": f"torch.{value}", "_call_": False}
-        for name, value in section.items()
-        if name.endswith("_dtype") and value is not None
-    }
-    # Named one by one: what Megatron-Bridge's exclude_modules leaves would include the output layer.
-    layers = method.model.num_layers
-    targets = {"target_modules": as_patterns(chosen(method.section, layers), layers), "exclude_modules": []}
-    return {"_target_": method.bridge_class, **targets, **section, **dtypes}
 
 
 def _compute_dtype(adapters: Adapters) -> str:

@@ -1,0 +1,67 @@
+"""Configuration of convert/lora_to_hf."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from steps.artifacts.opening import Artifact
+from steps.config.base import StepConfig
+from steps.config.peft import Peft, names, section_class
+from steps.errors import Problem
+
+
+def without_factors(section: type[Peft], where: str) -> Problem:
+    """The fault of a method whose update is no product of two factors, which is all that the format can hold."""
+    method = section.model_fields["type"].default
+    return Problem(
+        where=where,
+        what=f"an adapter of type {method} has no two factors A and B, and Hugging Face's format holds nothing else",
+        hint="Merge it instead: `steps run convert/merge_lora lora_checkpoint=… base_megatron_path=…`.",
+        name="no_factor_form",
+    )
+
+
+class Config(StepConfig):
+    """The adapter, its base (for the check and by name), and where the Hugging Face adapter goes."""
+
+    lora_checkpoint: str = Field(description="The checkpoint_lora, or one of its iter_NNNNNNN folders")
+    base_hf_path: str | None = Field(
+        None,
+        description="The base as checkpoint_hf: written as base_model_name_or_path; checked with where there is no "
+        "base_megatron_path",
+    )
+    base_megatron_path: str | None = Field(None, description="The base as checkpoint_megatron, to check with")
+    output_hf_path: str = Field(description="Where the checkpoint_hf_adapter goes")
+
+    def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
+        """Whether there is a form for the adapter, and whether it belongs to the base, by what the records say."""
+        facts = inputs["lora_checkpoint"].facts
+        if facts.get("method") in names() and not section_class(facts["method"]).has_factors:
+            yield without_factors(section_class(facts["method"]), "lora_checkpoint")
+        # Beside a base to check with, base_hf_path is only a name, and may be of other weights (cast, for example).
+        key = "base_megatron_path" if "base_megatron_path" in inputs else "base_hf_path"
+        adapter, base = (
+            facts.get("base_fingerprint"),
+            inputs[key].facts.get("base_fingerprint") if key in inputs else None,
+        )
+        if adapter and base and adapter != base:
+            what = (
+                f"the adapter {self.lora_checkpoint} was trained on another base than {inputs[key].value} "
+                f"(fingerprints {adapter[:12]}… and {base[:12]}…)"
+            )
+            yield Problem(where=key, what=what, name="base_model_mismatch")
+
+    def warnings(self, facts: Mapping[str, Any], section: Mapping[str, Any], use_dora: bool) -> Iterable[str]:
+        """What is worth saying of an adapter (by its record's facts and its settings) to who serves it."""
+        if not facts:
+            yield f"{self.lora_checkpoint} does not say which base it was trained on: the base is taken on trust"
+        if facts.get("finished") is False:
+            yield f"{self.lora_checkpoint} is unfinished: training stopped at iteration {facts.get('iteration')}"
+        if use_dora:
+            yield "vLLM refuses DoRA adapters: for vLLM merge it with convert/merge_lora"
+        if quantization := section.get("quantization"):
+            yield (
+                f"it was trained on a base in {quantization.get('type')}, and will be served on whatever base the "
+                "server loads"
+            )
