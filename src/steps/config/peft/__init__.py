@@ -88,6 +88,10 @@ class Peft(Section):
         or no such setting of it."""
         return None
 
+    def held(self, linear: str) -> Quantization | None:
+        """How the frozen weight of a linear is held, by its full name; None: as it is. Adapted or not."""
+        return self.quantization
+
     @property
     def targets_asked(self) -> Sequence[str]:
         """target_modules as they take effect: none of them (every linear) beside exclude_modules."""
