@@ -59,7 +59,9 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
         _check_sizes(plan, here, len(train_split))
         trained = _model(plan, base, here.device, progress)
-        optimizer = AdamW(trained, plan.optimizer)
+        optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
+        if plan.optimizer.offload and here.device.type == "cpu":
+            progress.log("optimizer.offload has no effect: on a CPU the optimizer's state is in its memory anyway")
         found, position = source(plan), Position()
         if found is not None:
             position = restore(found, plan, trained, optimizer)
