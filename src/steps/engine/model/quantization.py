@@ -52,7 +52,7 @@ class Code:
 #: NormalFloat: the positive and the negative quantiles of N(0, 1) that hold equally many values, apart, and an exact
 #: zero; k bits have 2^(k-1) positive and 2^(k-1) - 1 negative ones. nf4 is the table of the paper's appendix E.
 CODES = {
-    "nf2": Code(2, (-1.0, 0.0, 0.4358394742012024, 1.0)),
+    "nf2": Code(2, (-1.0, 0.0, 0.43581816458311545, 1.0)),
     "nf4": Code(
         4,
         (
