@@ -8,7 +8,8 @@ import torch
 from steps.config.peft import Quantization
 from steps.engine.model import quantization, quantization_kernels
 from steps.engine.model.layers import Linear
-from steps.engine.model.quantization import CODES, quantize
+from steps.engine.model.quantization import quantize
+from steps.engine.model.quantization_codes import CODES, dynamic_map
 
 bnb = pytest.importorskip("bitsandbytes", reason="extra parity")
 
@@ -29,7 +30,7 @@ def theirs(weight, block_size, double):
 
 def test_the_codes():
     assert torch.equal(torch.tensor(CODES["nf4"].values), bnb.functional.get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(quantization._dynamic_map(CPU), bnb.functional.create_dynamic_map())
+    assert torch.equal(dynamic_map(CPU), bnb.functional.create_dynamic_map())
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "plain"])
@@ -45,7 +46,7 @@ def test_bytes_scales_and_values_are_theirs(shape, block_size, dtype, double):
     if double:
         assert torch.equal(held.scales_absmax, state.state2.absmax)
         assert torch.equal(held.scales_offset, state.offset.view(1))
-        assert torch.equal(quantization._dynamic_map(CPU), state.state2.code)
+        assert torch.equal(dynamic_map(CPU), state.state2.code)
     # As one row: their CPU kernel starts a block anew at each row, and is wrong where a block runs across two.
     state.shape = (1, weight.numel())
     for wanted in (torch.float32, torch.bfloat16):

@@ -14,10 +14,10 @@ from support.packed import SHAPE, random_decoder
 from torch.nn import functional as F
 
 from steps.config.peft import Quantization
-from steps.engine.model import quantization
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.layers import Linear
-from steps.engine.model.quantization import CODES, TYPES, QuantizedWeight, product, quantize
+from steps.engine.model.quantization import QuantizedWeight, product, quantize
+from steps.engine.model.quantization_codes import CODES, TYPES, nearest
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def test_the_nearest_entry_is_found(code, values):
     bounds = (entries[1:] + entries[:-1]) / 2
     near = torch.cat([torch.nextafter(bounds, torch.tensor(to)) for to in (-2.0, 2.0)])
     everything = torch.cat((torch.tensor(values), entries, bounds, near))
-    index = quantization._nearest(everything, code)
+    index = nearest(everything, code)
     assert torch.equal(index.int(), torch.bucketize(everything, bounds, out_int32=True))
     best = (everything[:, None] - entries).abs().amin(1)
     # Bounds are rounded to float32.
