@@ -4,8 +4,8 @@ A weight is cut, in row-major order, into blocks of `block_size` values; the las
 float32 scale, its largest magnitude, and each value is the index of the nearest entry of a code in [-1, 1] to value /
 scale. Double quantization writes the scales themselves in 8 bits, in blocks of 256 of them, around their mean.
 
-Codes, packed bytes and values have the bits that bitsandbytes 0.50 gives them on a CPU, wherever they lie and whether or
-not it is installed; where it is, its kernels do the same faster.
+Codes, packed bytes and values have the bits that bitsandbytes 0.50 gives them on a CPU, wherever they lie and whether
+or not it is installed; where it is, its kernels do the same faster.
 """
 
 from __future__ import annotations
