@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import product as combinations
 from statistics import NormalDist
@@ -14,10 +16,11 @@ from support.packed import SHAPE, random_decoder
 from torch.nn import functional as F
 
 from steps.config.peft import Quantization
+from steps.engine.model import quantization_kernels
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.layers import Linear
 from steps.engine.model.quantization import QuantizedWeight, product, quantize
-from steps.engine.model.quantization_codes import CODES, TYPES, nearest
+from steps.engine.model.quantization_codes import CODES, TYPES, decoded, nearest
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ def test_normal_float_codes_are_quantiles_of_the_normal_distribution(bits):
     expected = torch.tensor(sorted([*positive, *negative, 0.0])) / positive[0]
     # The table was computed in float32: two units in the last place of 1.
     torch.testing.assert_close(torch.tensor(CODES[TYPES[bits]].values), expected, rtol=0, atol=2.4e-7)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_byte_stands_for_the_entries_of_its_code(code):
+    bits, values = CODES[code].bits, torch.tensor(CODES[code].values)
+    packed = torch.arange(255, dtype=torch.uint8)
+    expected = [values[byte >> shift & 2**bits - 1] for byte in range(255) for shift in range(8 - bits, -1, -bits)]
+    assert torch.equal(decoded(packed, code), torch.stack(expected))
 
 
 def test_int8_is_symmetric():
@@ -206,3 +217,31 @@ def test_weights_are_loaded_by_their_names():
 
 def _bytes(decoder: Decoder) -> int:
     return sum(tensor.nbytes for tensor in (*decoder.parameters(), *decoder.buffers()))
+
+
+def test_without_bitsandbytes_the_bits_are_the_same(monkeypatch):
+    held = quantize(normal(64, 96), Spec())
+    before = held.dequantize()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import that fails, as where it is not installed
+    monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", None)
+    quantization_kernels.serves.cache_clear()
+    try:
+        assert not quantization_kernels.serves("cpu")
+        assert torch.equal(held.dequantize(), before)
+        assert torch.equal(quantize(normal(64, 96), Spec()).packed, held.packed)
+    finally:
+        quantization_kernels.serves.cache_clear()
+
+
+def test_dequantizing_says_nothing_and_draws_nothing():
+    """bitsandbytes warns at its import of kernels that nobody asked for; a run's log has no place for it."""
+    code = """
+import torch
+from steps.config.peft import Quantization
+from steps.engine.model.quantization import quantize
+before = torch.random.get_rng_state()
+quantize(torch.ones(64, 64), Quantization()).dequantize()
+assert torch.equal(before, torch.random.get_rng_state())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

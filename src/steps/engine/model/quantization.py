@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from steps.engine.model import quantization_kernels as kernels
-from steps.engine.model.quantization_codes import CODES, dynamic_map, dynamic_points, nearest, table
+from steps.engine.model.quantization_codes import CODES, decoded, dynamic_map, dynamic_points, nearest
 
 #: Scales that share one scale of their own.
 SCALES_BLOCK = 256
@@ -122,9 +122,7 @@ class QuantizedWeight(nn.Module):
     def dequantize_here(self, absmax: Tensor) -> Tensor:
         """The same in torch alone, float32. absmax: what `absmax()` says."""
         numel = self.shape.numel()
-        # All values of a byte are gathered as one element, 4 to 16 bytes wide.
-        gathered = torch.index_select(table(self.code_name, self.packed.device), 0, self.packed.int())
-        values = gathered.view(torch.float32)[:numel]
+        values = decoded(self.packed, self.code_name)[:numel]
         full = numel // self.block_size * self.block_size
         blocks = values[:full].view(-1, self.block_size)
         blocks *= absmax[: len(blocks), None]

@@ -60,6 +60,27 @@ def _cells(code_name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return before.to(device), bound.to(device)
 
 
+def decoded(packed: Tensor, code_name: str) -> Tensor:
+    """What bytes stand for, float32: 8 / bits values each, the first from the highest bits. packed: [n], uint8."""
+    if code_name == "int8":
+        # Cheaper than to look it up, and the same bits: by a tensor, since a GPU multiplies with a number's reciprocal.
+        return packed.float().sub_(127).div_(torch.full((), 127.0, device=packed.device))
+    # All values of a byte are gathered as one element, 8 or 16 bytes wide.
+    return torch.index_select(_table(code_name, packed.device), 0, packed.int()).view(torch.float32)
+
+
+@cache
+def _table(code_name: str, device: torch.device) -> Tensor:
+    """What each byte stands for: [256], an element being the bytes of 8 / bits float32 values."""
+    code = CODES[code_name]
+    values = torch.tensor(code.values, device=device)
+    byte = torch.arange(256, device=device)
+    shifts = range(8 - code.bits, -1, -code.bits)
+    wide = torch.stack([values[byte >> shift & 2**code.bits - 1] for shift in shifts], dim=1)
+    element = {2: torch.int64, 4: torch.complex128}[len(shifts)]
+    return wide.view(element).view(-1)
+
+
 def _midpoints(values: Tensor) -> Tensor:
     return (values[:-1] + values[1:]) / 2
 
@@ -82,15 +103,3 @@ def dynamic_points() -> Tensor:
     """The entry of the dynamic map nearest to each of 2^16 equidistant points in [-1, 1], uint8."""
     points = torch.arange(65536).double().div(65535).mul(2).sub(1).float()
     return torch.bucketize(points, _midpoints(dynamic_map(torch.device("cpu")))).to(torch.uint8)
-
-
-@cache
-def table(code_name: str, device: torch.device) -> Tensor:
-    """What each byte stands for: [256], an element being the bytes of 8 / bits float32 values."""
-    code = CODES[code_name]
-    values = torch.tensor(code.values + (0.0,) * (2**code.bits - len(code.values)), device=device)
-    byte = torch.arange(256, device=device)
-    shifts = range(8 - code.bits, -1, -code.bits)
-    wide = torch.stack([values[byte >> shift & 2**code.bits - 1] for shift in shifts], dim=1)
-    element = {1: torch.float32, 2: torch.int64, 4: torch.complex128}[len(shifts)]
-    return wide.view(element).view(-1)

@@ -1,6 +1,6 @@
 """bitsandbytes' kernels (the extra `quantization`), where it is installed and they give the bits of ours.
 
-On a CPU they dequantize nf4 three to four times as fast as torch.index_select.
+On a CPU they dequantize nf4 two to four times as fast as torch.index_select.
 """
 
 from __future__ import annotations
