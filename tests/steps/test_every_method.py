@@ -1,4 +1,4 @@
-"""Every adapter method, trained, through the steps that take its checkpoint: loaded by peft once exported, and merged."""
+"""Every adapter method, trained, through the steps that take its checkpoint: loaded by peft, and merged."""
 
 from __future__ import annotations
 

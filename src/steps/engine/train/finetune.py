@@ -16,6 +16,7 @@ from steps.engine.checkpoint.lazy import LazyTensors
 from steps.engine.data.batches import Order, read
 from steps.engine.data.shards import PackedSplit
 from steps.engine.model.decoder import Decoder, load_weights
+from steps.engine.model.quantization import QuantizedWeight
 from steps.engine.progress import Progress
 from steps.engine.train.distributed import World, world
 from steps.engine.train.loop import Trainer
@@ -58,7 +59,9 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
         _check_sizes(plan, here, len(train_split))
         trained = _model(plan, base, here.device, progress)
-        optimizer = AdamW(trained, plan.optimizer)
+        optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
+        if plan.optimizer.offload and here.device.type == "cpu":
+            progress.log("optimizer.offload has no effect: on a CPU the optimizer's state is in its memory anyway")
         found, position = source(plan), Position()
         if found is not None:
             position = restore(found, plan, trained, optimizer)
@@ -95,13 +98,29 @@ def _model(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress
     if problems := list(misfits(plan.peft, shape)):
         raise ConfigError(problems)
     recompute = plan.train.recompute_granularity == "full"
-    decoder = Decoder(shape, dtype=dtype, device=device, recompute=recompute)
+    held = plan.peft.quantization
+    products = getattr(torch, held.compute_dtype) if held is not None and held.compute_dtype else None
+    decoder = Decoder(
+        shape, dtype=dtype, device=device, recompute=recompute, quantize=plan.peft.held, compute_dtype=products
+    )
     try:
         load_weights(decoder, _loaded(mapping.unpadded(shape, base.tensors), progress))
     except ValueError as error:
         raise ArtifactError(Problem(where="checkpoint.pretrained_checkpoint", what=str(error))) from error
+    if told := _held(decoder):
+        progress.log(told)
     method = adapters.create(plan.peft, shape)
     return adapters.attach(decoder, method, targets.chosen(plan.peft, shape.num_layers), plan.rng.seed)
+
+
+def _held(decoder: Decoder) -> str:
+    """What a quantized base takes; '' for one that is not."""
+    weights = [weight for weight in decoder.weights().values() if isinstance(weight, QuantizedWeight)]
+    if not weights:
+        return ""
+    names = " and ".join(sorted({weight.code_name for weight in weights}))
+    bytes_, numel = sum(weight.nbytes for weight in weights), sum(weight.shape.numel() for weight in weights)
+    return f"base held in {names}: {bytes_ / 1e6:,.1f} MB, {bytes_ / numel / 2:.2f} of its bf16 size (embeddings apart)"
 
 
 def _start(plan: Plan, trained: adapters.Adapters, split: PackedSplit, here: World) -> None:
