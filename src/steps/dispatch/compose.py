@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steps.config import yaml12
 from steps.config.secrets import is_secret
@@ -18,6 +18,9 @@ from steps.dispatch import catalog, dotlist
 from steps.errors import ConfigError, ExecutorError, Problem
 from steps.manifest import Manifest
 
+if TYPE_CHECKING:
+    from steps.config.base import Adopted
+
 DEFAULTS = "defaults"
 
 
@@ -25,24 +28,38 @@ DEFAULTS = "defaults"
 class Composed:
     """A configuration as plain data.
 
-    sources:          dotted key of each value -> "tiny.yaml:7" or "command line".
+    sources:          dotted key of each value -> "tiny.yaml:7" or "command line"; a stronger layer's keys come later.
     from_environment: names in run.env.env_vars whose value was handed on from this process's environment.
     exposed:          dotted key outside of them -> the secret variable that stands in its value.
+    adopted:          what the step read in another program's words; None before it was asked.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     from_environment: frozenset[str] = frozenset()
     exposed: Mapping[str, str] = field(default_factory=dict)
+    adopted: Adopted | None = None
+
+    @property
+    def told(self) -> Adopted:
+        """The configuration as it is, with what the step said when it was asked."""
+        from steps.config.base import Adopted
+
+        return self.adopted or Adopted(self.data, self.sources)
 
 
 def compose(
-    step: Manifest, config: str, overrides: Iterable[str] = (), environment: Composed | None = None
+    step: Manifest,
+    config: str,
+    overrides: Iterable[str] = (),
+    environment: Composed | None = None,
+    adopt: Callable[[Mapping[str, Any], Mapping[str, str]], Adopted] | None = None,
 ) -> Composed:
     """The resolved configuration of a step.
 
     config:      what `-c` names.
     environment: what a profile lays under `run.env`.
+    adopt:       the step's `Config.adopt`.
     Raises ConfigError (or UsageError for a malformed override) with everything that is wrong, ExecutorError with every
     value of `run.env` that is still to be filled in.
     """
@@ -53,8 +70,26 @@ def compose(
     dotlist.apply(composed.data, composed.sources, parsed)
     if blanks := list(unfilled(composed)):
         raise ExecutorError(blanks)
-    settle(composed)
+    unresolved = _settle(composed)
+    if adopt is not None:
+        unresolved = _adopt(composed, adopt, unresolved)
+    if unresolved:
+        raise ConfigError(unresolved)
     return composed
+
+
+def _adopt(
+    composed: Composed, adopt: Callable[[Mapping[str, Any], Mapping[str, str]], Adopted], unresolved: list[Problem]
+) -> list[Problem]:
+    """Let the step read foreign sections, in place. Returns the problems that are left where something is read."""
+    adopted = composed.adopted = adopt(composed.data, composed.sources)
+    composed.data, composed.sources = dict(adopted.data), dict(adopted.sources)
+
+    def read(key: str) -> bool:
+        return not any(key == unread or key.startswith(f"{unread}.") for unread in adopted.unread)
+
+    composed.exposed = {key: name for key, name in composed.exposed.items() if read(key)}
+    return [problem for problem in unresolved if read(problem.where)]
 
 
 #: A value that somebody still has to fill in, as the starters of `steps profiles init` write them.
@@ -84,11 +119,17 @@ _NAMED = re.compile(r"\$\{(?:oc\.env:|run\.env\.env_vars\.)(\w+)")
 def settle(composed: Composed) -> None:
     """Resolve `${…}` everywhere, in place, the job's own variables first. Raises ConfigError with every one that does
     not resolve."""
+    if problems := _settle(composed):
+        raise ConfigError(problems)
+
+
+def _settle(composed: Composed) -> list[Problem]:
     variables = _job_variables(composed)
     composed.from_environment = frozenset(name for name, text in variables.items() if _may_be_secret(str(text)))
     composed.exposed = dict(_exposed(composed.data, variables))
     with _as_environment(_resolve_variables(composed, variables)):
-        composed.data = resolve(composed.data, composed.sources)
+        composed.data, problems = _resolved(composed.data, composed.sources)
+    return problems
 
 
 def _may_be_secret(text: str) -> bool:
@@ -169,12 +210,14 @@ def _read(path: Path, step: Manifest, seen: tuple[Path, ...]) -> Composed:
         raise ConfigError(
             Problem(where=where, what="`_self_` can only come last: a file always wins over what it inherits")
         )
+    # Of two files with one name, an overlay and what it inherits from, the lower one is told with its folder.
+    label = f"{path.parent.name}/{path.name}" if any(path.name == above.name for above in seen) else path.name
     composed = Composed()
     for parent in parents:
         if parent != "_self_":
             inherited = _read(_parent(parent, path, step, where), step, (*seen, path.resolve()))
             _merge(composed, inherited.data, lambda key, above=inherited.sources: above.get(key, ""))
-    _merge(composed, data, lambda key: f"{path.name}:{lines[key]}" if key in lines else path.name)
+    _merge(composed, data, lambda key: f"{label}:{lines[key]}" if key in lines else label)
     return composed
 
 
@@ -202,7 +245,7 @@ def _merge(composed: Composed, data: Mapping[str, Any], source: Any) -> None:
             for known in [entry for entry in composed.sources if entry == key or entry.startswith(f"{key}.")]:
                 del composed.sources[known]
             target[name] = _copy(value)
-            for path, _ in leaves(value):
+            for path, _ in leaves(value, empty=True):
                 leaf = _dotted((key, *path))
                 composed.sources[leaf] = source(leaf) or source(key)
             composed.sources.setdefault(key, source(key))
@@ -216,17 +259,17 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every scalar below `value`, with the keys and indices that lead to it."""
+def leaves(value: Any, path: tuple[Any, ...] = (), *, empty: bool = False) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every scalar below `value`, with the keys and indices that lead to it; empty: empty lists and mappings too."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, list):
         items = enumerate(value)
-    else:
+    if not isinstance(value, Mapping | list) or (empty and not value):
         yield path, value
     for name, item in items:
-        yield from leaves(item, (*path, name))
+        yield from leaves(item, (*path, name), empty=empty)
 
 
 def _dotted(path: Iterable[Any]) -> str:
@@ -234,14 +277,22 @@ def _dotted(path: Iterable[Any]) -> str:
 
 
 def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """Resolve `${…}` everywhere; every one that does not resolve is reported.
+    """Resolve `${…}` everywhere. Raises ConfigError with every one that does not resolve."""
+    resolved, problems = _resolved(data, sources)
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _resolved(data: dict[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Resolve `${…}` everywhere; what does not resolve stays as it is written and is reported.
 
     OmegaConf's grammar and resolvers (`${a.b}`, `${oc.env:NAME,default}`), and `${steps.package_file:PACKAGE,FILE}`: a
     file inside an installed package. OmegaConf is imported only when there is something that takes its grammar.
     """
     waiting = {path: text for path, text in leaves(data) if isinstance(text, str) and "${" in text}
     if not waiting:
-        return data
+        return data, []
     if all(map(_is_simple, waiting.values())):
         return _resolve_simple(data, waiting, sources)
     from omegaconf import OmegaConf
@@ -252,30 +303,35 @@ def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             OmegaConf.register_new_resolver("steps.package_file", package_file)
     problems = []
-    for path, text in waiting.items():
+    resolved: dict[str, Any] = _copy(data)
+    readable = _copy(data)
+    for path, text in list(waiting.items()):
         try:
             OmegaConf.create({"value": text})
         except OmegaConfBaseException:
             problems.append(_unresolved(path, text, "its grammar is broken", sources))
-    if problems:  # a tree with broken grammar in it cannot be built at all
-        raise ConfigError(problems)
-    tree = OmegaConf.create(data)
-    resolved: dict[str, Any] = _copy(data)
+            # A tree with broken grammar in it cannot be built at all; OmegaConf refuses to read this.
+            _section(readable, path)[path[-1]] = "???"
+            del waiting[path]
+    tree = OmegaConf.create(readable)
     for path, text in waiting.items():
         try:
             value = tree
             for part in path:
                 value = value[part]
-            target: Any = resolved
-            for part in path[:-1]:
-                target = target[part]
-            target[path[-1]] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            _section(resolved, path)[path[-1]] = value
         except OmegaConfBaseException as error:
             cause = error.__cause__ if isinstance(error.__cause__, FileNotFoundError) else error
             problems.append(_unresolved(path, text, str(cause).splitlines()[0], sources))
-    if problems:
-        raise ConfigError(problems)
-    return resolved
+    return resolved, problems
+
+
+def _section(data: Any, path: tuple[Any, ...]) -> Any:
+    """The mapping or list that holds what `path` leads to."""
+    for part in path[:-1]:
+        data = data[part]
+    return data
 
 
 # The two forms that shipped configurations use, whole and not nested. OmegaConf reads them the same way (a test
@@ -291,16 +347,14 @@ def _is_simple(text: str) -> bool:
 
 def _resolve_simple(
     data: dict[str, Any], waiting: Mapping[tuple[Any, ...], str], sources: Mapping[str, str]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Problem]]:
     resolved: dict[str, Any] = _copy(data)
     problems = []
     for path, text in waiting.items():
         match = _SIMPLE.fullmatch(text)
         assert match
         kind, name, extra = match.groups()
-        target: Any = resolved
-        for part in path[:-1]:
-            target = target[part]
+        target = _section(resolved, path)
         try:
             if kind == "oc.env":
                 value = os.environ.get(name, "" if extra == "''" else extra)
@@ -311,9 +365,7 @@ def _resolve_simple(
                 target[path[-1]] = package_file(name, extra)
         except FileNotFoundError as error:
             problems.append(_unresolved(path, text, str(error), sources))
-    if problems:
-        raise ConfigError(problems)
-    return resolved
+    return resolved, problems
 
 
 def _unresolved(path: Iterable[Any], text: str, why: str, sources: Mapping[str, str]) -> Problem:

@@ -3,14 +3,14 @@
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from steps.artifacts import record
 from steps.artifacts.opening import Artifact
 from steps.config import training
-from steps.config.base import Section, StepConfig, of_its_kind, section
+from steps.config.base import Adopted, Section, StepConfig, of_its_kind, section
 from steps.config.peft import Peft
 from steps.engine.train import resume
 from steps.engine.train.plan import Plan, mismatches
@@ -48,6 +48,16 @@ class Config(StepConfig):
     open_sections: ClassVar[frozenset[str]] = frozenset(
         ("recipe", "dataset", "train", "optimizer", "scheduler", "peft", "checkpoint", "logger", "rng")
     )
+
+    @classmethod
+    def adopt(cls, data: Mapping[str, Any], sources: Mapping[str, str]) -> Adopted:
+        """NeMo-RL's `policy` and Megatron-Bridge's `peft._target_` as our `peft` section."""
+        peft = data.get("peft")
+        if "policy" not in data and not (isinstance(peft, Mapping) and "_target_" in peft):
+            return Adopted(data, sources)
+        from steps.config import foreign, nemo_rl
+
+        return foreign.adopt(data, sources, [foreign.bridge_target(data, sources), nemo_rl.read(data, sources)])
 
     @property
     def chosen_engine(self) -> str:
