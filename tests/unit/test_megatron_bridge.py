@@ -390,7 +390,7 @@ def test_everything_wrong_at_once_and_each_with_its_key(bridge: Callable[..., An
             model={"params_dtype": "bfloat17", "activation": "gelu", "hidden_size": True},
             comm_overlap={"tp_overlap": True},
             optimiser={"lr": 1.0},
-            peft={"dmi": 4, "alpha": 1.5, "lora_A_init_method": "uniform"},
+            peft={"dmi": 4, "alpha": "many", "lora_A_init_method": "uniform"},
             dataset={"sede": 1, "dataset_root": "/x", "packed_sequence_specs": {"packed_val_data_path": "/y"}},
         )
     )
@@ -428,7 +428,7 @@ def test_the_peft_section_over_the_recipe_s_adapter(bridge: Callable[..., Any]) 
 
 def test_excluding_drops_the_recipe_s_targets(bridge: Callable[..., Any]) -> None:
     made = bridge(peft={"exclude_modules": ["linear_fc1"]}).peft
-    assert (made.target_modules, made.exclude_modules) == ([], ["linear_fc1"])
+    assert (made.target_modules, made.exclude_modules) == ([], ["linear_fc1", "output_layer"])
     both = {"target_modules": ["linear_qkv"], "exclude_modules": ["linear_fc1"]}
     assert "not both" in problems(lambda: bridge(peft=both))["peft.exclude_modules"].what
 

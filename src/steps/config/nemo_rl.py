@@ -35,14 +35,14 @@ POLICY = "policy"
 class Block:
     """One of the blocks.
 
-    type:   the `peft.type` it stands for.
+    method: the `peft.type` it stands for.
     fields: their name -> our key of the same meaning and the same values, types and ranges.
     own:    their name -> annotation, of the fields that are ours under no name.
     """
 
     config: str
     name: str
-    type: str
+    method: str
     fields: Mapping[str, str]
     own: Mapping[str, Any]
 
@@ -52,7 +52,7 @@ class Block:
 
     def schema(self) -> type[Section]:
         """The block as a typed section: what the fields take is what our keys take."""
-        ours = keys(section_class(self.type))
+        ours = keys(section_class(self.method))
         same: dict[str, Any] = {name: (ours[key].annotation, ours[key]) for name, key in self.fields.items()}
         extra: dict[str, Any] = {name: (annotation, Field(None)) for name, annotation in self.own.items()}
         return create_model(self.name, __base__=Section, **same, **extra)
@@ -183,9 +183,9 @@ def _read_block(block: Block, content: Mapping[str, Any], sources: Mapping[str, 
     content = {name: _plain(name, value) for name, value in content.items()}
     _, problems = check_section(block.schema(), content, sources, block.key)
     reading.problems += problems
-    reading.notes.append(f"{block.key}: read as peft, type {block.type}")
+    reading.notes.append(f"{block.key}: read as peft, type {block.method}")
     said_at = f"{block.key}.enabled" if "enabled" in content else block.key
-    reading.claims.append(Claim("peft.type", block.type, said_at))
+    reading.claims.append(Claim("peft.type", block.method, said_at))
     wrong = {problem.where for problem in problems}
     for name, value in content.items():
         written = f"{block.key}.{name}"

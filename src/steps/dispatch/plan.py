@@ -18,7 +18,7 @@ from steps.dispatch.compose import Composed, compose, exposed_problems, leaves
 from steps.dispatch.executors.base import Executor
 from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
 from steps.dispatch.jobs import order
-from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, StepsError, UsageError, suggest
+from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, StepsError, UsageError, refusal, suggest
 from steps.manifest import Manifest, Port
 
 _TOKEN_LENGTH = 8
@@ -295,6 +295,6 @@ def refuse(planned: Sequence[Planned]) -> None:
     if problems:
         artifacts = {problem for entry in planned for problem in entry.findings.problems}
         if any(problem in artifacts for problem in problems):
-            raise ArtifactError(problems)
+            raise refusal(problems)
         elsewhere = any(entry.spec.executor != "local" for entry in planned)
         raise (ExecutorError if elsewhere else ConfigError)(problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from steps.engine.megatron_bridge.findings import Findings
@@ -11,6 +11,8 @@ from steps.engine.megatron_bridge.values import construct
 from steps.errors import suggest
 from steps.shapes import targets
 
+#: Settings of ours without a counterpart there, and the value at which each is off.
+_ONLY_TORCH = {"quantization": None, "lora_plus_ratio": 1, "init_lora_weights": None}
 #: What Megatron-Bridge's ParallelLinearAdapter can start a matrix with. It would say so only after the model is built.
 INIT_METHODS = ("xavier", "normal", "kaiming", "zero")
 
@@ -37,9 +39,54 @@ def build(section: Mapping[str, Any], classes: Mapping[str, type], recipe_peft: 
         return None
     values = {key: value for key, value in section.items() if key != "type"}
     before = len(findings.problems)
+    values = _in_its_words(cls, recipe_peft, values, findings)
     _check(values, findings)
+    alpha = values.get("alpha")
+    exact = isinstance(alpha, float) and not alpha.is_integer()
+    if exact:
+        del values["alpha"]  # annotated int there, but all that is done with it is to divide it by dim
     made = construct(cls, {**_kept(cls, recipe_peft, values), **values}, "peft", findings)
+    if made is not None and exact:
+        made.alpha = alpha
     return made if len(findings.problems) == before else None
+
+
+def _in_its_words(cls: Any, recipe_peft: Any, section: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """The section with our own settings turned into fields of the class, or refused by name."""
+    values = dict(section)
+    values.pop("calibration_rows", None)  # a detail of one value of init_lora_weights
+    for key, off in _ONLY_TORCH.items():
+        if key in values and (said := values.pop(key)) not in (off, None):
+            findings.problem(
+                f"peft.{key}",
+                f"Megatron-Bridge's {cls.__name__} has no such setting, and it is {said!r}",
+                hint="Leave it out, or use engine: torch.",
+            )
+    if values.get("use_rslora") is True:
+        dim, alpha = (values.get(key, getattr(recipe_peft, key, getattr(cls, key))) for key in ("dim", "alpha"))
+        if isinstance(dim, int) and isinstance(alpha, int | float):  # otherwise that is what is wrong
+            values["alpha"] = alpha * dim**0.5
+            findings.note(f"peft.use_rslora: alpha / sqrt(dim) is handed over as alpha {values['alpha']:g}")
+        del values["use_rslora"]
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = [targets.translated(name) if isinstance(name, str) else name for name in values[key]]
+    every = values.pop("match_all_linear", None) is True
+    if values.get("exclude_modules"):
+        # Output layers are linears there, and an adapter on one cannot be merged by anybody here.
+        values["exclude_modules"] = [*values["exclude_modules"], "output_layer"]
+        values |= {"target_modules": []} if every else {}
+    elif every or values.get("target_modules") == []:
+        values["target_modules"] = _every_linear(cls, recipe_peft)
+        findings.note(f"peft.target_modules: every linear, which is {', '.join(values['target_modules'])}")
+    return values
+
+
+def _every_linear(cls: Any, recipe_peft: Any) -> list[str]:
+    """The linears of a layer: those that the class names, and those that the recipe's adapter adds (Mamba's)."""
+    own: Sequence[str] = cls().target_modules
+    added = getattr(recipe_peft, "target_modules", None) if type(recipe_peft) is cls else None
+    return list(dict.fromkeys([*own, *(added or [])]))
 
 
 def _kept(cls: Any, recipe_peft: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan, differences, mismatches, other_precision
 from steps.engine.train.resume import find
 from steps.errors import ArtifactError
+from steps.shapes import targets
 
 TYPE = "checkpoint_lora"
 # Settings of a method that stand in the record by themselves; all of them are in facts["peft"].
@@ -208,7 +209,8 @@ def _peft_section(method: Method[Any]) -> dict[str, Any]:
         for name, value in section.items()
         if name.endswith("_dtype") and value is not None
     }
-    return {"_target_": method.bridge_class, **section, **dtypes}
+    lists = {key: [targets.translated(name) for name in section[key]] for key in ("target_modules", "exclude_modules")}
+    return {"_target_": method.bridge_class, **section, **lists, **dtypes}
 
 
 def _compute_dtype(adapters: Adapters) -> str:

@@ -16,6 +16,7 @@ from steps.engine.train import resume
 from steps.engine.train.plan import Plan, mismatches
 from steps.errors import ArtifactError, Problem
 from steps.preflight import lookup
+from steps.shapes import targets
 from steps.shapes.account import misfits
 from steps.shapes.model_config import ModelConfig
 
@@ -97,11 +98,17 @@ class Config(StepConfig):
             what = f"{optimizer.min_lr} is above optimizer.lr ({optimizer.lr})"
             yield Problem(where="optimizer.min_lr", what=what)
         yield from self.peft.check(train.train_iters)
+        yield from targets.other_words(self.peft)
         if self.chosen_engine == "torch":
             yield from self._check_torch()
-        elif self.chosen_engine == "megatron_bridge" and self.recipe.target is None:
-            what = "is required by the engine megatron_bridge"
-            yield Problem(where="recipe._target_", what=what, hint="Name a recipe function, or choose engine=torch.")
+        elif self.chosen_engine == "megatron_bridge":
+            yield from self.peft.only_torch()
+            if self.recipe.target is None:
+                what, hint = (
+                    "is required by the engine megatron_bridge",
+                    "Name a recipe function, or choose engine=torch.",
+                )
+                yield Problem(where="recipe._target_", what=what, hint=hint)
 
     def _check_torch(self) -> Iterator[Problem]:
         for name in _PARALLEL:
