@@ -98,6 +98,19 @@ def other_words(section: Targeting) -> Iterator[Problem]:
                 yield _unmatched(f"peft.{key}", pattern, names)
 
 
+def halves(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Patterns that name some parts of a fused linear and not all: the first such pattern, and the parts missing."""
+    named: dict[str, list[str]] = {}
+    for pattern in patterns:
+        fused, part = home(translated(pattern))
+        if part:
+            named.setdefault(fused, []).append(pattern)
+    for fused, given in named.items():
+        there = {translated(pattern) for pattern in given}
+        if missing := [part for part in parts(fused) if part not in there]:
+            yield given[0], ", ".join(missing)
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a target means the linear called `name`: its last part, its full name, or a wildcard over that.
 

@@ -103,6 +103,7 @@ class Config(StepConfig):
             yield from self._check_torch()
         elif self.chosen_engine == "megatron_bridge":
             yield from self.peft.only_torch()
+            yield from self._check_parts()
             if self.recipe.target is None:
                 what, hint = (
                     "is required by the engine megatron_bridge",
@@ -123,6 +124,12 @@ class Config(StepConfig):
             of = f" times {processes} processes" if processes > 1 else ""
             what = f"{train.global_batch_size} is no multiple of micro_batch_size ({train.micro_batch_size}){of}"
             yield Problem(where="train.global_batch_size", what=what)
+
+    def _check_parts(self) -> Iterator[Problem]:
+        for pattern, missing in targets.halves(self.peft.targets_asked) if self.peft.canonical else ():
+            what = f"Megatron-Bridge cannot save an adapter on {pattern!r} without one on {missing}"
+            hint = "Name them all, or train with engine=torch."
+            yield Problem(where="peft.target_modules", what=what, hint=hint)
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:
         base, data = inputs[BASE].facts, inputs[DATA].facts
