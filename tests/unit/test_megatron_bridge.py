@@ -433,6 +433,31 @@ def test_excluding_drops_the_recipe_s_targets(bridge: Callable[..., Any]) -> Non
     assert "not both" in problems(lambda: bridge(peft=both))["peft.exclude_modules"].what
 
 
+def test_our_own_settings_become_fields_of_its_class(bridge: Callable[..., Any]) -> None:
+    log: list[str] = []
+    off = {"match_all_linear": False, "lora_plus_ratio": 1.0, "init_lora_weights": None, "quantization": None}
+    made = bridge(peft={"dim": 32, "alpha": 16, "use_rslora": True, "calibration_rows": 8, **off}, log=log).peft
+    assert made.alpha / 32 == 16 / 32**0.5
+    assert "peft.use_rslora: alpha / sqrt(dim) is handed over as alpha 90.5097" in log
+    # The recipe's rank and alpha, 8 and 32, where the section says none.
+    assert bridge(peft={"use_rslora": True}).peft.alpha == 32 * 8**0.5
+    for every in ({"match_all_linear": True, "target_modules": ["linear_fc2"]}, {"target_modules": []}):
+        assert bridge(peft=every, log=log).peft.target_modules == ["linear_qkv", "in_proj"]
+    assert "peft.target_modules: every linear, which is linear_qkv, in_proj" in log
+    assert bridge(peft={"target_modules": ["o_proj"]}).peft.target_modules == ["linear_proj"]
+    assert bridge(peft={"alpha": 1.5}).peft.alpha == 1.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora_plus_ratio", 16.0), ("init_lora_weights", "olora"), ("quantization", {"type": "int8"})],
+)
+def test_what_only_the_torch_engine_has_is_refused_by_name(bridge: Callable[..., Any], key: str, value: Any) -> None:
+    found = problems(lambda: bridge(peft={key: value}))
+    assert set(found) == {f"peft.{key}"}
+    assert found[f"peft.{key}"].what == f"Megatron-Bridge's LoRA has no such setting, and it is {value!r}"
+
+
 def test_adapters_that_it_does_not_have_or_take(bridge: Callable[..., Any]) -> None:
     assert problems(lambda: bridge(peft={"type": "waveft"}))["peft.type"].allowed == "lora"
     assert "dim is too large" in problems(lambda: bridge(peft={"dim": 1000}))["peft"].what
