@@ -117,7 +117,7 @@ def test_default_is_the_documented_run():
         ({"peft": {"type": "dora", "use_rslora": True}},
          "peft.use_rslora: is a setting of type lora. Leave it out, or choose peft.type=lora"),
         ({"peft": {"type": "dora", "dropout_position": "post"}}, "'post' is not one of the choices. Allowed: pre"),
-        ({"peft": {"init_lora_weights": "eva", "lora_A_init_method": "kaiming"}}, "no meaning beside init_lora_weights"),
+        ({"peft": {"init_lora_weights": "eva", "lora_A_init_method": "kaiming"}}, "no meaning beside init_lora_w"),
         ({"peft": {"quantization": {"type": "int4"}}}, "peft.quantization.type: 'int4' is not one of .* nf4, int8"),
         ({"engine": "megatron"}, r"engine: 'megatron' is not one of the choices.*megatron_bridge"),
         ({"engine": "megatron_bridge"}, "recipe._target_: is required by the engine megatron_bridge"),

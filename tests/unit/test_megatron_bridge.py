@@ -437,7 +437,7 @@ def test_our_own_settings_become_fields_of_its_class(bridge: Callable[..., Any])
     log: list[str] = []
     off = {"match_all_linear": False, "lora_plus_ratio": 1.0, "init_lora_weights": None, "quantization": None}
     made = bridge(peft={"dim": 32, "alpha": 16, "use_rslora": True, "calibration_rows": 8, **off}, log=log).peft
-    assert made.alpha / 32 == 16 / 32**0.5
+    assert made.alpha == 16 * 32**0.5  # over 32, that is 16 / sqrt(32)
     assert "peft.use_rslora: alpha / sqrt(dim) is handed over as alpha 90.5097" in log
     # The recipe's rank and alpha, 8 and 32, where the section says none.
     assert bridge(peft={"use_rslora": True}).peft.alpha == 32 * 8**0.5
