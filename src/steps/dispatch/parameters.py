@@ -23,7 +23,7 @@ def parameters(step: Manifest) -> list[dict[str, Any]]:
 
     Kept in the user's cache under a digest of everything it is made from, so that `show` and Tab need no pydantic.
     """
-    sources = [step.folder / "schema.py", *sorted((catalog.ROOT / "config").glob("*.py")), Path(__file__)]
+    sources = [step.folder / "schema.py", *sorted((catalog.ROOT / "config").rglob("*.py")), Path(__file__)]
     shipped = catalog.configs(step).get("default")
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *([shipped] if shipped else [])]))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steps"

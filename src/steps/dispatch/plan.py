@@ -14,8 +14,9 @@ from steps.artifacts.opening import NAMED_TYPES
 from steps.config.base import RunEnv, StepConfig
 from steps.config.validate import as_written, check_section, validate, validate_adopted
 from steps.dispatch import catalog, executors, places, profiles
-from steps.dispatch.compose import Composed, compose, exposed_problems, leaves
+from steps.dispatch.compose import Composed, compose, exposed_problems
 from steps.dispatch.executors.base import Executor
+from steps.dispatch.interpolation import leaves
 from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
 from steps.dispatch.jobs import order
 from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, StepsError, UsageError, refusal, suggest
