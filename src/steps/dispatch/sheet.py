@@ -26,9 +26,8 @@ def text(planned: Sequence[Planned]) -> Iterator[str]:
         yield from section("Outputs")
         for port in entry.step.produces:
             yield f"{port.key}: {_value(entry, port.key)} ({port.type})"
-        for note in [*entry.notes, *(f"warning: {warning}" for warning in entry.findings.warnings)]:
-            yield ""
-            yield note
+        notes = [*entry.notes, *(f"warning: {warning}" for warning in entry.findings.warnings)]
+        yield from ["", *notes] if notes else []
         for name, body in executors.get(entry.spec.executor).render(entry.spec).items():
             yield from section(f"Command ({name})")
             yield body.rstrip("\n")
