@@ -58,6 +58,11 @@ class Note(Problem):
     """Something worth knowing that by itself refuses nothing."""
 
 
+@dataclass(frozen=True)
+class Setting(Problem):
+    """A fault of the configuration that only an artifact brings to light (a rank above the matrix): exit code 3 too."""
+
+
 class StepsError(Exception):
     """A failure with a message for the user. `problems` holds one or more things that are wrong."""
 
@@ -98,6 +103,12 @@ class ArtifactError(StepsError, ValueError):
     """An input artifact is missing, damaged or does not fit."""
 
     exit_code = 4
+
+
+def refusal(problems: Sequence[Problem]) -> StepsError:
+    """What is wrong with a configuration and its inputs, as an error."""
+    alone = all(isinstance(problem, Setting) for problem in problems)
+    return ConfigError(problems) if alone else ArtifactError(problems)
 
 
 class ExecutorError(StepsError):

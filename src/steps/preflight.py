@@ -12,7 +12,7 @@ from steps.artifacts.opening import Artifact, open_artifact
 from steps.artifacts.record import check_replaceable
 from steps.config.base import StepConfig
 from steps.config.validate import source_of
-from steps.errors import ArtifactError, Problem
+from steps.errors import ArtifactError, Problem, refusal
 from steps.manifest import Manifest, Port
 
 
@@ -29,9 +29,10 @@ class Findings:
     missing: tuple[Port, ...] = ()
 
     def raise_if_any(self) -> None:
-        """Raise ArtifactError with every problem."""
+        """Raise every problem: ConfigError where the inputs are right and only the settings are not, else
+        ArtifactError."""
         if self.problems:
-            raise ArtifactError(self.problems)
+            raise refusal(self.problems)
 
 
 def lookup(config: Any, key: str) -> Any:

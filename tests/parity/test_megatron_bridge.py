@@ -82,6 +82,13 @@ RESOLVED: dict[str, Any] = {
         "lora_A_init_method": "kaiming",
         "lora_B_init_method": "zero",
         "lora_dtype": "bfloat16",
+        # Ours, without fields there: turned into what it has, or off.
+        "use_rslora": True,
+        "match_all_linear": False,
+        "lora_plus_ratio": 1.0,
+        "init_lora_weights": None,
+        "calibration_rows": 4,
+        "quantization": None,
     },
     "checkpoint": {"save_interval": 5, "load": None, "ckpt_step": None},
     "logger": {"tensorboard_dir": None, "wandb_project": "w", "wandb_exp_name": "e"},
@@ -106,6 +113,14 @@ ADAPTERS: list[dict[str, Any]] = [
     {"type": "lora", "dim": 4, "alpha": 8, "target_modules": ["*.layers.0.*.linear_qkv"]},
     {"type": "dora", "dim": 4, "alpha": 8, "target_modules": ["linear_qkv", "linear_proj"]},
     {"type": "canonical_lora", "dim": 4, "alpha": 8},
+    {"type": "lora", "dim": 4, "alpha": 8, "match_all_linear": True, "target_modules": ["linear_qkv"]},
+    {"type": "lora", "dim": 4, "alpha": 8, "exclude_modules": ["linear_fc1", "down_proj"]},
+    {
+        "type": "canonical_lora",
+        "dim": 4,
+        "alpha": 8,
+        "target_modules": ["q_proj", "k_proj", "linear_v", "*.mlp.down_proj"],
+    },
 ]
 
 
@@ -209,6 +224,24 @@ BROKEN = {
     ),
     "unknown section": changed(optimiser={"lr": 1.0}),
     "method": changed(peft={"type": "vblora"}),
+    "only torch": changed(
+        peft={
+            "lora_plus_ratio": 16.0,
+            "init_lora_weights": "pissa",
+            "quantization": {"type": "nf4"},
+            "lora_A_init_method": "uniform",
+        }
+    ),
+    "canonical excludes": changed(
+        peft={
+            "type": "canonical_lora",
+            "lora_dtype": None,
+            "use_rslora": False,
+            "target_modules": [],
+            "exclude_modules": ["linear_q"],
+        }
+    ),
+    "only lora": changed(peft={"type": "canonical_lora", "target_modules": ["q_proj"], "use_rslora": False}),
     "class refuses": changed(peft={"type": "dora", "lora_dtype": None}),
     "length": changed(model={"seq_length": 64}),
     "shape": changed(model={"hidden_size": 576}),
@@ -274,8 +307,19 @@ def test_a_preset_of_mixed_precision_takes_single_keys(probe: dict[str, Any]) ->
 
 def test_the_adapter_is_ours_and_complete(probe: dict[str, Any]) -> None:
     received = probe["container"]["peft"]
-    expected = {key: value for key, value in RESOLVED["peft"].items() if key not in ("type", "lora_dtype")}
+    ours = (
+        "use_rslora",
+        "match_all_linear",
+        "lora_plus_ratio",
+        "init_lora_weights",
+        "calibration_rows",
+        "quantization",
+    )
+    expected = {key: value for key, value in RESOLVED["peft"].items() if key not in ("type", "lora_dtype", *ours)}
+    expected["alpha"] = 48 * 4  # rsLoRA's scale, alpha / sqrt(16), as LoRA's alpha / 16
     assert received["class"] == "LoRA"
+    assert not set(ours) & set(received)
+    assert "peft.use_rslora: alpha / sqrt(dim) is handed over as alpha 192" in probe["log"]
     assert {key: received[key] for key in expected} == expected
     assert received["lora_dtype"] == "torch.bfloat16"
 
@@ -333,7 +377,8 @@ def test_megatron_bridge_validates_the_container(probe: dict[str, Any]) -> None:
 
 
 def test_facts_are_read_from_its_run_config(probe: dict[str, Any]) -> None:
-    expected = {key: RESOLVED["peft"][key] for key in ("dim", "alpha", "target_modules", "exclude_modules")}
+    expected = {key: RESOLVED["peft"][key] for key in ("dim", "target_modules", "exclude_modules")}
+    expected["alpha"] = 48 * 4  # rsLoRA's scale, alpha / sqrt(16), as LoRA's alpha / 16
     assert probe["run_config_facts"] == {"method": "lora", **expected, "iteration": 5, "finished": False}
 
 
@@ -368,9 +413,20 @@ SHAPES = [
         **linear(FC2[0], 4, 48, 32),
     },
 ]
+SHAPES += [
+    SHAPES[0],  # every linear of the layers, and not the output layer
+    {**linear(QKV[0], 4, 32, 64), **linear(PROJ[0], 4, 32, 32)},
+    {
+        **linear(f"{QKV[0]}.adapter_q", 4, 32, 32),
+        **linear(f"{QKV[0]}.adapter_k", 4, 32, 16),
+        **linear(f"{QKV[0]}.adapter_v", 4, 32, 16),
+        **linear(FC2[0], 4, 48, 32),
+    },
+]
+NAMES = ["lora", "lora on one layer", "dora", "canonical_lora", "every linear", "excluding", "Hugging Face's names"]
 
 
-@pytest.mark.parametrize("index", range(len(ADAPTERS)), ids=["lora", "lora on one layer", "dora", "canonical_lora"])
+@pytest.mark.parametrize("index", range(len(ADAPTERS)), ids=NAMES)
 def test_genuine_adapters_have_the_names_and_shapes_of_checkpoint_lora(probe: dict[str, Any], index: int) -> None:
     made = probe["adapters"][index]
     assert made["class"] == {"lora": "LoRA", "dora": "DoRA", "canonical_lora": "CanonicalLoRA"}[ADAPTERS[index]["type"]]
@@ -378,7 +434,7 @@ def test_genuine_adapters_have_the_names_and_shapes_of_checkpoint_lora(probe: di
     assert all(key.endswith("._extra_state") for key in made["others"])
 
 
-@pytest.mark.parametrize("index", [0, 2, 3], ids=["lora", "dora", "canonical_lora"])
+@pytest.mark.parametrize("index", [0, *range(2, len(ADAPTERS))], ids=[NAMES[0], *NAMES[2:]])
 def test_adapters_of_either_engine_are_read_by_the_other(probe: dict[str, Any], index: int) -> None:
     folder = probe["root"] / f"adapter{index}"
     assert all("._extra_state" in key for key in probe["adapters"][index]["unmatched"])
@@ -391,12 +447,9 @@ def test_adapters_of_either_engine_are_read_by_the_other(probe: dict[str, Any], 
 
 def test_why_an_adapter_on_some_layers_of_a_plain_decoder_is_refused(probe: dict[str, Any]) -> None:
     """Megatron-Core's own check, which it makes on every load and on the first save."""
-    assert [("Invalid access pattern" in made["integrity"]) for made in probe["adapters"]] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    refused = [name for name, made in zip(NAMES, probe["adapters"], strict=True) if made["integrity"]]
+    assert refused == ["lora on one layer"]
+    assert "Invalid access pattern" in probe["adapters"][1]["integrity"]
 
 
 def test_all_that_is_wrong_is_told_at_once(probe: dict[str, Any]) -> None:
@@ -419,6 +472,15 @@ def test_all_that_is_wrong_is_told_at_once(probe: dict[str, Any]) -> None:
 def test_refusals_name_the_key(probe: dict[str, Any]) -> None:
     assert refused(probe, "unknown section")["optimiser"]["hint"] == "Did you mean optimizer?"
     assert refused(probe, "method")["peft.type"]["allowed"] == "canonical_lora, dora, lora"
+    found = refused(probe, "only torch")
+    assert set(found) == {
+        "peft.lora_plus_ratio", "peft.init_lora_weights", "peft.quantization", "peft.lora_A_init_method",
+    }  # fmt: skip
+    assert found["peft.lora_plus_ratio"]["what"] == "Megatron-Bridge's LoRA has no such setting, and it is 16.0"
+    half = refused(probe, "only lora")
+    assert set(half) == {"peft.lora_dtype", "peft.target_modules"}
+    assert half["peft.target_modules"]["what"].endswith("on 'linear_q' without one on linear_k, linear_v")
+    assert "canonical LoRA cannot exclude" in refused(probe, "canonical excludes")["peft.exclude_modules"]["what"]
     assert "pre-adapter dropout" in refused(probe, "class refuses")["peft"]["what"]
     assert refused(probe, "length")["recipe.seq_length"]["name"] == "seq_length_mismatch"
     assert "hidden_size 576 (base: 2688)" in refused(probe, "shape")["recipe._target_"]["what"]

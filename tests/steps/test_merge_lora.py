@@ -367,8 +367,9 @@ def test_wrong_inputs_are_told(chain):
     assert "base is a checkpoint_megatron, not a checkpoint_lora" in done.stderr
     save_adapter(chain / "odd", chain / "base", section={"type": "lorax"})
     done = merge(chain, lora_checkpoint="odd")
-    assert done.returncode == 3
-    assert "'lorax' is no adapter method" in done.stderr
+    assert done.returncode == 4
+    assert "adapter's method 'lorax' is not known to this version of steps" in done.stderr
+    assert "[unsupported_method]" in done.stderr
     (chain / "base" / "artifact.json").unlink()
     done = merge(chain, lora_checkpoint="base")
     assert done.returncode == 4

@@ -14,8 +14,9 @@ import pytest
 from steps.artifacts.opening import Artifact
 from steps.artifacts.record import Record
 from steps.config import yaml12
+from steps.config.peft import names, section_class
 from steps.config.validate import validate
-from steps.errors import ConfigError
+from steps.errors import ArtifactError, ConfigError, Problem, refusal
 from steps.peft.megatron_bridge import schema
 from steps.peft.megatron_bridge.schema import BASE, DATA, Config
 from steps.shapes.model_config import ModelConfig
@@ -103,6 +104,21 @@ def test_default_is_the_documented_run():
         ({"peft": {"dmi": 8}}, r"peft.dmi: unknown key.*Did you mean peft.dim\?"),
         ({"peft": {"dim": 0}}, "peft.dim: 0 is out of range"),
         ({"peft": {"type": "lroa"}}, "peft.type: 'lroa' is not one of the choices"),
+        ({"peft": {"alpha": 0}}, "peft.alpha: 0 is out of range. Allowed: > 0"),
+        ({"peft": {"alpha": -2.0}}, "peft.alpha: -2.0 is out of range. Allowed: > 0"),
+        ({"peft": {"dropout": 1}}, "peft.dropout: 1 is out of range. Allowed: < 1"),
+        ({"peft": {"target_modules": ["linear_qkv"], "exclude_modules": ["linear_fc1"]}},
+         "peft.exclude_modules: target_modules and exclude_modules are both given. .*; peft.target_modules=.. adapts"),
+        ({"peft": {"type": "canonical_lora", "target_modules": ["linear_qkv"]}},
+         "'linear_qkv' matches no module.* by themselves: write linear_q, linear_k, linear_v"),
+        ({"peft": {"type": "canonical_lora", "exclude_modules": ["*.layers.1.*.linear_fc1"]}},
+         r"peft.exclude_modules: .* write \*.layers.1.\*.linear_fc1_gate, \*.layers.1.\*.linear_fc1_up"),
+        ({"peft": {"target_modules": ["linear_q"]}}, "linear_q is part of linear_qkv here: write linear_qkv, or adapt"),
+        ({"peft": {"type": "dora", "use_rslora": True}},
+         "peft.use_rslora: is a setting of type lora. Leave it out, or choose peft.type=lora"),
+        ({"peft": {"type": "dora", "dropout_position": "post"}}, "'post' is not one of the choices. Allowed: pre"),
+        ({"peft": {"init_lora_weights": "eva", "lora_A_init_method": "kaiming"}}, "no meaning beside init_lora_w"),
+        ({"peft": {"quantization": {"type": "int4"}}}, "peft.quantization.type: 'int4' is not one of .* nf4, int8"),
         ({"engine": "megatron"}, r"engine: 'megatron' is not one of the choices.*megatron_bridge"),
         ({"engine": "megatron_bridge"}, "recipe._target_: is required by the engine megatron_bridge"),
         (
@@ -118,6 +134,77 @@ def test_default_is_the_documented_run():
 def test_a_wrong_value_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         validate(Config, shipped("tiny", **change))
+
+
+@pytest.mark.parametrize(
+    "peft",
+    [
+        {"type": "canonical_lora"},
+        {"type": "dora"},
+        {"exclude_modules": ["linear_fc1"]},
+        {"match_all_linear": True, "target_modules": ["linear_qkv"], "exclude_modules": ["linear_fc1"]},
+    ],
+    ids=json.dumps,
+)
+def test_the_shipped_tiny_configuration_leaves_the_targets_to_the_method(peft):
+    config, _ = validate(Config, shipped("tiny", peft=peft))
+    assert (config.peft.dim, config.peft.alpha) == (16, 32)
+    assert not list(config.check_inputs(artifacts()))
+
+
+@pytest.mark.parametrize(
+    ("peft", "problems"),
+    [
+        ({"lora_plus_ratio": 16.0, "init_lora_weights": "pissa"}, {
+            "peft.lora_plus_ratio": "both factors at one learning rate", "peft.init_lora_weights": "called 'pissa'"}),
+        ({"quantization": {"type": "nf4"}, "lora_A_init_method": "uniform"}, {
+            "peft.quantization": "holds the base as it is", "peft.lora_A_init_method": "Allowed: xavier, kaiming"}),
+        ({"type": "dora", "lora_dtype": "bfloat16"}, {"peft.lora_dtype": "Megatron-Bridge's dora has no such setting"}),
+        ({"type": "canonical_lora", "target_modules": [], "lora_dtype": "float32", "exclude_modules": ["linear_q"]}, {
+            "peft.lora_dtype": "has no such setting", "peft.exclude_modules": "canonical LoRA cannot exclude"}),
+        ({"type": "canonical_lora", "target_modules": ["q_proj", "*.layers.0.*"]}, {
+            "peft.target_modules": "on 'q_proj' without one on linear_k, linear_v|name of a part at the end"}),
+        ({"use_rslora": True, "match_all_linear": True, "lora_dtype": "bfloat16", "calibration_rows": 3}, {}),
+        ({"type": "canonical_lora", "target_modules": ["q_proj", "linear_k", "v_proj", "*.layers.0.*.o_proj"]}, {}),
+    ],
+    ids=lambda value: json.dumps(value) if "peft" not in str(value) else "",
+)  # fmt: skip
+def test_what_megatron_bridge_cannot_do_is_refused_before_the_start(peft, problems):
+    data = shipped("default", engine="megatron_bridge", peft=peft)
+    if not problems:
+        validate(Config, data)
+        return
+    with pytest.raises(ConfigError) as caught:
+        validate(Config, data)
+    assert {problem.where for problem in caught.value.problems} == set(problems)
+    for problem in caught.value.problems:
+        assert re.search(problems[problem.where], str(problem))
+    validate(Config, {**data, "engine": "torch", "train": {**data["train"], "micro_batch_size": 1}})
+
+
+@pytest.mark.parametrize("method", names())
+def test_methods_without_a_class_there_are_refused_and_those_with_one_are_not(method):
+    data = shipped("default", engine="megatron_bridge", peft={"type": method})
+    del data["peft"]["target_modules"]
+    if section_class(method).model_validate({}).bridge_section() is not None:
+        validate(Config, data)
+        return
+    with pytest.raises(
+        ConfigError, match=f"peft.type: Megatron-Bridge has no method '{method}'. Allowed: canonical_lora"
+    ):
+        validate(Config, data)
+
+
+def test_rank_and_targets_that_do_not_fit_the_base_are_told_together():
+    config, _ = validate(Config, shipped("tiny", peft={"dim": 577, "target_modules": ["linear_qvk", "linear_fc2"]}))
+    problems = list(config.check_inputs(artifacts()))
+    assert [str(problem) for problem in problems] == [
+        "peft.target_modules: 'linear_qvk' matches no module. Allowed: linear_qkv, linear_proj, linear_fc1, "
+        "linear_fc2. Did you mean linear_qkv?",
+        "peft.dim: rank 577 is above that of linear_fc2, which is [576, 1536]. Allowed: 1 to 576",
+    ]
+    assert isinstance(refusal(problems), ConfigError)
+    assert isinstance(refusal([*problems, Problem("x", "is missing")]), ArtifactError)
 
 
 def test_megatron_bridge_takes_keys_that_are_not_typed_here():
@@ -212,13 +299,13 @@ def test_a_dry_run_refuses_a_place_to_go_on_from_that_the_run_refuses(
 def test_a_dry_run_refuses_another_precision_than_the_run_was_computed_in(tmp_path):
     save = tmp_path / "lora"
     inputs = artifacts(tmp_path=tmp_path)
-    for precision, names in (("bfloat16", ["run_mismatch"]), ("float32", []), ("auto", [])):
+    for precision, refused in (("bfloat16", ["run_mismatch"]), ("float32", []), ("auto", [])):
         sections = {"checkpoint": {"save": str(save)}, "train": {"precision": precision}}
         config, _ = validate(Config, shipped("tiny", **sections))
         save.mkdir(exist_ok=True)
         facts = {"identity": json.loads(json.dumps(config.plan(inputs).identity())), "compute_dtype": "float32"}
         Record("checkpoint_lora", facts=facts).write(save)
-        assert [problem.name for problem in config.check_inputs(inputs)] == names
+        assert [problem.name for problem in config.check_inputs(inputs)] == refused
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,9 @@ def install() -> None:
         importlib.import_module(f"megatron.core.{name}")
     sys.meta_path.append(_Finder())  # last: what is really installed is used
     importlib.import_module("megatron.bridge.peft.utils").HAVE_TE = False
+    matcher = importlib.import_module("megatron.bridge.peft.module_matcher")
+    for kind in ("COL", "LN_COL", "ROW"):  # stand-ins for these are no classes to look for
+        setattr(matcher, f"HAVE_TE_{kind}_LINEAR", False)
     from megatron.core import tensor_parallel
 
     tensor_parallel.get_cuda_rng_tracker().fork = lambda name=None: contextlib.nullcontext()

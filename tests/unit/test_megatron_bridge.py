@@ -395,7 +395,7 @@ def test_everything_wrong_at_once_and_each_with_its_key(bridge: Callable[..., An
             model={"params_dtype": "bfloat17", "activation": "gelu", "hidden_size": True},
             comm_overlap={"tp_overlap": True},
             optimiser={"lr": 1.0},
-            peft={"dmi": 4, "alpha": 1.5, "lora_A_init_method": "uniform"},
+            peft={"dmi": 4, "alpha": "many", "lora_A_init_method": "uniform"},
             dataset={"sede": 1, "dataset_root": "/x", "packed_sequence_specs": {"packed_val_data_path": "/y"}},
         )
     )
@@ -444,9 +444,34 @@ def test_the_peft_section_over_the_recipe_s_adapter(bridge: Callable[..., Any]) 
 
 def test_excluding_drops_the_recipe_s_targets(bridge: Callable[..., Any]) -> None:
     made = bridge(peft={"exclude_modules": ["linear_fc1"]}).peft
-    assert (made.target_modules, made.exclude_modules) == ([], ["linear_fc1"])
+    assert (made.target_modules, made.exclude_modules) == ([], ["linear_fc1", "output_layer"])
     both = {"target_modules": ["linear_qkv"], "exclude_modules": ["linear_fc1"]}
     assert "not both" in problems(lambda: bridge(peft=both))["peft.exclude_modules"].what
+
+
+def test_our_own_settings_become_fields_of_its_class(bridge: Callable[..., Any]) -> None:
+    log: list[str] = []
+    off = {"match_all_linear": False, "lora_plus_ratio": 1.0, "init_lora_weights": None, "quantization": None}
+    made = bridge(peft={"dim": 32, "alpha": 16, "use_rslora": True, "calibration_rows": 8, **off}, log=log).peft
+    assert made.alpha == 16 * 32**0.5  # over 32, that is 16 / sqrt(32)
+    assert "peft.use_rslora: alpha / sqrt(dim) is handed over as alpha 90.5097" in log
+    # The recipe's rank and alpha, 8 and 32, where the section says none.
+    assert bridge(peft={"use_rslora": True}).peft.alpha == 32 * 8**0.5
+    for every in ({"match_all_linear": True, "target_modules": ["linear_fc2"]}, {"target_modules": []}):
+        assert bridge(peft=every, log=log).peft.target_modules == ["linear_qkv", "in_proj"]
+    assert "peft.target_modules: every linear, which is linear_qkv, in_proj" in log
+    assert bridge(peft={"target_modules": ["o_proj"]}).peft.target_modules == ["linear_proj"]
+    assert bridge(peft={"alpha": 1.5}).peft.alpha == 1.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora_plus_ratio", 16.0), ("init_lora_weights", "olora"), ("quantization", {"type": "int8"})],
+)
+def test_what_only_the_torch_engine_has_is_refused_by_name(bridge: Callable[..., Any], key: str, value: Any) -> None:
+    found = problems(lambda: bridge(peft={key: value}))
+    assert set(found) == {f"peft.{key}"}
+    assert found[f"peft.{key}"].what == f"Megatron-Bridge's LoRA has no such setting, and it is {value!r}"
 
 
 def test_adapters_that_it_does_not_have_or_take(bridge: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ text, a tenth of a dry run's CPU time.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, field_validator
@@ -131,10 +132,35 @@ class Run(Section):
     env: RunEnv = section("The environment, filled by a profile")
 
 
+@dataclass(frozen=True)
+class Adopted:
+    """A configuration with what it says in another program's words put into the step's own.
+
+    data, sources: the step's own keys only: what is typed, shown and written down.
+    written:  own dotted key -> the dotted key that the user wrote instead, for the messages.
+    unread:   dotted keys of which nothing is used; what does not resolve below them is nobody's business.
+    notes:    a line for everything that has no effect here.
+    problems: what is wrong with it; to be told together with whatever else is wrong.
+    """
+
+    data: Mapping[str, Any]
+    sources: Mapping[str, str]
+    written: Mapping[str, str] = field(default_factory=dict)
+    unread: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    problems: "Sequence[Problem]" = ()
+
+
 class StepConfig(Section):
     """The root of a step's configuration. A step subclasses it in its `schema.py` as `Config`."""
 
     run: Run = section("Where and how the job runs")
+
+    @classmethod
+    def adopt(cls, data: Mapping[str, Any], sources: Mapping[str, str]) -> Adopted:
+        """Read what a user brings along in another program's sections. Pure; called on the resolved configuration,
+        before it is typed. A stronger layer's keys come later in `sources`."""
+        return Adopted(data, sources)
 
     def accepts_unknown(self, key: str) -> str:
         """Why an unknown dotted key is let through ("passed to Megatron-Bridge"), '' to refuse it."""

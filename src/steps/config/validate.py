@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from steps.config.base import RunEnv, Section, StepConfig
+from steps.config.base import Adopted, RunEnv, Section, StepConfig
 from steps.config.secrets import is_secret, is_secret_key
 from steps.errors import ConfigError, Problem, suggest
 
@@ -53,6 +54,18 @@ def validate(cls: type[C], data: Mapping[str, Any], sources: Mapping[str, str] |
     return config, notes
 
 
+def validate_adopted(cls: type[C], adopted: Adopted) -> tuple[C, list[str]]:
+    """The same for a configuration that went through `cls.adopt`; problems are told at the keys that the user wrote."""
+    problems = list(adopted.problems)
+    try:
+        config, notes = validate(cls, adopted.data, adopted.sources)
+    except ConfigError as error:
+        problems += as_written(adopted, error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return config, [*adopted.notes, *notes]
+
+
 def check_section(
     cls: type[S], data: Mapping[str, Any], sources: Mapping[str, str], prefix: str
 ) -> tuple[S | None, list[Problem]]:
@@ -85,7 +98,7 @@ def _too_large(data: Any, sources: Mapping[str, str], prefix: str = "") -> Itera
     for name, value in data.items() if isinstance(data, Mapping) else ():
         key = f"{prefix}{name}"
         if isinstance(value, int) and abs(value) >= 2**63:
-            what = f"{_show(value, key)} is too large"
+            what = f"{show(value, key)} is too large"
             yield Problem(where=key, what=what, source=source_of(key, sources), allowed="64 bits")
         yield from _too_large(value, sources, f"{key}.")
 
@@ -161,6 +174,11 @@ def source_of(key: str, sources: Mapping[str, str]) -> str:
     return ""
 
 
+def as_written(adopted: Adopted, problems: Iterable[Problem]) -> list[Problem]:
+    """The problems at the keys that the user wrote, where these were put into the step's own."""
+    return [replace(problem, where=adopted.written.get(problem.where, problem.where)) for problem in problems]
+
+
 def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
     return Problem(**{**vars(problem), "source": problem.source or source_of(problem.where, sources)})
 
@@ -202,22 +220,22 @@ def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix:
     if kind == "missing":
         return Problem(where=key, what="is required", hint=f"Add {key}=… to the command line or the YAML.")
     if kind in ("literal_error", "enum"):
-        what = f"{_show(value, key)} is not one of the choices"
+        what = f"{show(value, key)} is not one of the choices"
         allowed = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
         hint = suggest(str(value), allowed.split(", "))
     elif kind in _EXPECTED:
-        what = f"{_show(value, key)} is not {_EXPECTED[kind]}"
+        what = f"{show(value, key)} is not {_EXPECTED[kind]}"
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}[kind]
-        what, allowed = f"{_show(value, key)} is out of range", f"{sign} {next(iter(context.values()))}"
+        what, allowed = f"{show(value, key)} is out of range", f"{sign} {next(iter(context.values()))}"
     elif kind == "value_error":
         what = str(context.get("error", entry["msg"]))
     else:
-        what = f"{_show(value, key)}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+        what = f"{show(value, key)}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
     return Problem(where=key, what=what, source=source_of(key, sources), allowed=allowed, hint=hint)
 
 
-def _show(value: Any, key: str) -> str:
+def show(value: Any, key: str) -> str:
     """The value under a dotted key, for a message; what may be a secret is told by its kind."""
     if _is_hidden(value, key):
         return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, Mapping) else "its value"

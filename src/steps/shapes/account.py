@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steps.config.peft import Peft
-from steps.errors import Problem
+from steps.errors import Problem, Setting
 from steps.shapes import memory, targets
 from steps.shapes.memory import Held
 from steps.shapes.model_config import ModelConfig
@@ -15,13 +15,10 @@ from steps.shapes.model_config import ModelConfig
 
 def misfits(section: Peft, model: ModelConfig) -> Iterator[Problem]:
     """What keeps an adapter from being put on a model: targets that mean nothing, a rank above the matrix, …"""
-    faults = list(targets.faults(section, model.num_layers))
-    yield from faults
-    if not faults:
-        kinds = {
-            name.rpartition(".")[2]: targets.shape(model, name) for name in targets.chosen(section, model.num_layers)
-        }
-        yield from section.misfits(kinds)
+    names = targets.chosen(section, model.num_layers)
+    kinds = {name.rpartition(".")[2]: targets.shape(model, name) for name in names}
+    for fault in (*targets.faults(section, model.num_layers), *section.misfits(kinds)):
+        yield Setting(**vars(fault))
 
 
 def trainable(section: Peft, model: ModelConfig) -> int:

@@ -107,19 +107,42 @@ def faults(section: Targeting, num_layers: int) -> Iterator[Problem]:
     )
 
 
+def other_words(section: Targeting) -> Iterator[Problem]:
+    """Targets in the words of the other vocabulary, which no model can have: told without knowing the model."""
+    names = linear_names(1, canonical=section.canonical)
+    for key, patterns in (("target_modules", section.targets_asked), ("exclude_modules", section.exclude_modules)):
+        for pattern in patterns:
+            last = pattern.rpartition(".")[2]
+            if _FROM_HF.get(last, last) in (PARTS if section.canonical else _FUSED):
+                yield _unmatched(f"peft.{key}", pattern, names)
+
+
+def halves(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Patterns that name some parts of a fused linear and not all: the first such pattern, and the parts missing."""
+    named: dict[str, list[str]] = {}
+    for pattern in patterns:
+        fused, part = home(translated(pattern))
+        if part:
+            named.setdefault(fused, []).append(pattern)
+    for fused, given in named.items():
+        there = {translated(pattern) for pattern in given}
+        if missing := [part for part in parts(fused) if part not in there]:
+            yield given[0], ", ".join(missing)
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a target means the linear called `name`: its last part, its full name, or a wildcard over that.
 
     `*` stands for any text, dots included, as in Megatron-Bridge. Hugging Face's names (`q_proj`,
     `model.layers.0.mlp.down_proj`) mean the part that they are.
     """
-    pattern = _translated(pattern)
+    pattern = translated(pattern)
     if pattern in (name, name.rpartition(".")[2]):
         return True
     return "*" in pattern and bool(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name))
 
 
-def _translated(pattern: str) -> str:
+def translated(pattern: str) -> str:
     """A pattern in Hugging Face's names as one in ours; any other as it is."""
     before, dot, last = pattern.rpartition(".")
     if last not in _FROM_HF:

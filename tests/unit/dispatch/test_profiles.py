@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from support.steps import fake_step
 
 from steps.dispatch import catalog, profiles
-from steps.dispatch.compose import compose, leaves
+from steps.dispatch.compose import compose
+from steps.dispatch.interpolation import leaves
 from steps.dispatch.plan import Place, prepare
 from steps.dispatch.profiles import env_files
 from steps.errors import ConfigError, ExecutorError

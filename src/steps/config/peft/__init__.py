@@ -90,12 +90,27 @@ class Peft(Section):
 
     def check(self, train_iters: int) -> Iterator[Problem]:
         """What is wrong between the section's own keys, and with the length of the run."""
-        if self.exclude_modules and "target_modules" in self.model_fields_set and self.target_modules:
+        given = "target_modules" in self.model_fields_set and self.target_modules and not self.match_all_linear
+        if self.exclude_modules and given:
             yield Problem(
                 where="peft.exclude_modules",
                 what="target_modules and exclude_modules are both given",
                 hint="Leave one of the two out; peft.target_modules=[] adapts every linear but the excluded ones.",
             )
+
+    def only_torch(self) -> Iterator[Problem]:
+        """What of this only the torch engine can do: the method itself, or settings as they stand."""
+        if not self._in_bridge():
+            also = ", ".join(name for name in names() if section_class(name)._in_bridge())
+            what = f"Megatron-Bridge has no method {self.type!r}"
+            yield Problem(where="peft.type", what=what, allowed=also, hint="Or train with engine=torch.")
+        if self.quantization is not None:
+            yield _only_torch("quantization", "Megatron-Bridge holds the base as it is stored")
+
+    @classmethod
+    def _in_bridge(cls) -> Mapping[str, Any]:
+        """The fields that Megatron-Bridge's class of the method takes; none where it has no such class."""
+        return cls.model_validate({}).bridge_section() or {}
 
     def bridge_section(self) -> dict[str, Any] | None:
         """The settings, but for the targets, as the fields of Megatron-Bridge's class of the method; None where it has
@@ -110,6 +125,10 @@ class Peft(Section):
     def targets_asked(self) -> Sequence[str]:
         """target_modules as they take effect: none of them (every linear) beside exclude_modules."""
         return [] if self.match_all_linear or self.exclude_modules else self.target_modules
+
+
+def _only_torch(key: str, what: str, allowed: str = "") -> Problem:
+    return Problem(f"peft.{key}", what, allowed=allowed, hint="Leave it out, or train with engine=torch.")
 
 
 @cache

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steps.config.peft import Peft
+from steps.config.peft import Peft, _only_torch
 from steps.errors import Problem
 
 
@@ -51,9 +51,28 @@ class LowRank(Ranked):
     def trainable(self, out_features: int, in_features: int) -> int:
         return self.dim * (out_features + in_features)
 
+    def only_torch(self) -> Iterator[Problem]:
+        yield from super().only_torch()
+        if self.lora_A_init_method == "uniform":
+            yield _only_torch("lora_A_init_method", "Megatron-Bridge knows no 'uniform'", "xavier, kaiming")
+        if self.lora_dtype is not None and "lora_dtype" not in self._in_bridge():
+            yield _only_torch("lora_dtype", f"Megatron-Bridge's {self.type} has no such setting")
+
     def bridge_section(self) -> dict[str, Any] | None:
         if self.quantization is not None:
             return None
-        own = ("dim", "dropout", "dropout_position", "lora_A_init_method", "lora_B_init_method")
+        own = ("dim", "dropout", "dropout_position", "lora_A_init_method",
+               "lora_B_init_method")  # fmt: skip
         alpha = self.scale * self.dim
-        return {**{name: getattr(self, name) for name in own}, "alpha": int(alpha) if alpha == int(alpha) else alpha}
+        return {
+            **{name: getattr(self, name) for name in own},
+            **self._bridge_targets(),
+            "alpha": int(alpha) if alpha == int(alpha) else alpha,
+        }
+
+    def _bridge_targets(self) -> dict[str, list[str]]:
+        """The two lists as Megatron-Bridge means them: it takes one of the two; the output layer is a linear there."""
+        if self.exclude_modules:
+            return {"target_modules": [], "exclude_modules": [*self.exclude_modules, "output_layer"]}
+        default = type(self).model_fields["target_modules"].default
+        return {"target_modules": list(self.targets_asked) or list(default), "exclude_modules": []}

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from steps.config.peft import _only_torch
 from steps.config.peft._low_rank import LowRank
 from steps.errors import Problem
 
@@ -47,6 +48,13 @@ class LoRA(LowRank):
                 what=f"has no meaning beside init_lora_weights={self.init_lora_weights}, which starts linear_in",
                 hint="Leave one of the two out.",
             )
+
+    def only_torch(self) -> Iterator[Problem]:
+        yield from super().only_torch()
+        if self.lora_plus_ratio != 1:
+            yield _only_torch("lora_plus_ratio", "Megatron-Bridge trains both factors at one learning rate")
+        if self.init_lora_weights is not None:
+            yield _only_torch("init_lora_weights", f"Megatron-Bridge has no start called {self.init_lora_weights!r}")
 
     def bridge_section(self) -> dict[str, Any] | None:
         section = super().bridge_section()

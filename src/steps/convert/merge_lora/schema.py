@@ -42,7 +42,11 @@ class Config(StepConfig):
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
         """Adapter and base by what their records say of the base's weights."""
-        adapter = inputs["lora_checkpoint"].facts.get("base_fingerprint")
+        facts = inputs["lora_checkpoint"].facts
+        if (method := facts.get("method")) is not None and method not in names():
+            what = f"{self.lora_checkpoint} is an adapter of the method {method!r}, which this version does not know"
+            yield Problem("lora_checkpoint", what, allowed=", ".join(names()), name="unsupported_method")
+        adapter = facts.get("base_fingerprint")
         for key in ("base_megatron_path", "base_hf_path"):
             base = inputs[key].facts.get("base_fingerprint") if key in inputs else None
             if adapter and base and adapter != base:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steps.dispatch.compose import Composed, is_unfilled, leaves
+from steps.dispatch.compose import Composed, is_unfilled
+from steps.dispatch.interpolation import leaves
 from steps.dispatch.profiles import env_files
 from steps.dispatch.profiles.env_files import Table, Tables
 from steps.errors import ExecutorError, Problem, suggest

@@ -37,4 +37,4 @@ def _peft_section(settings: Peft, bridge_class: str, num_layers: int) -> dict[st
     }
     # Named one by one: what Megatron-Bridge's exclude_modules leaves would include the output layer.
     targets = {"target_modules": covering(chosen(settings, num_layers), num_layers), "exclude_modules": []}
-    return {"_target_": bridge_class, **targets, **section, **dtypes}
+    return {"_target_": bridge_class, **section, **targets, **dtypes}

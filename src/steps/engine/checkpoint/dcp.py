@@ -166,6 +166,7 @@ class _Into(LoadPlanner):
 
 def damaged(path: Path, error: BaseException, key: str = "") -> ArtifactError:
     """The error for a file that is there and cannot be read."""
-    detail = str(error).partition("\n")[0] or type(error).__name__
+    # PyTorch goes on for a paragraph about what may have happened.
+    detail = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
     what = f"{path} is damaged: {f'{key}: ' if key else ''}{detail}"
     return ArtifactError(what, hint="Make the checkpoint again.", name="damaged_artifact")

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from steps.config.peft import names, section_class
+from steps.config.validate import unknown_keys
 from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import Converted, converted
 from steps.engine.checkpoint.fingerprint import Fingerprint, verify
@@ -26,6 +29,8 @@ Merge = Callable[[str, Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], Tens
 #: (linear's full name, base weight [out, in]) to the weight that was trained on, float32.
 Held = Callable[[str, Tensor], Tensor]
 
+#: Settings that say how an adapter started, not what it is.
+_START = frozenset({"lora_A_init_method", "lora_B_init_method", "lora_dtype"})
 _BETWEEN = ".adapter."
 _SHARED = "adapter."
 
@@ -48,7 +53,8 @@ class Adapter:
 def open_adapter(path: Path, iteration: int | None = None) -> Adapter:
     """Open a checkpoint_lora, ours or Megatron-Bridge's.
 
-    Raises ArtifactError when it holds other tensors than adapters, or does not say how they were trained.
+    Raises ArtifactError when it holds other tensors than adapters, or does not say how they were trained, or in a way
+    that this version does not know.
     """
     checkpoint = megatron.Checkpoint.open(path, iteration)
     linears: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
@@ -71,7 +77,7 @@ def open_adapter(path: Path, iteration: int | None = None) -> Adapter:
 def _peft_section(checkpoint: megatron.Checkpoint) -> dict[str, Any]:
     own = checkpoint.run_config.get("adapter")
     if isinstance(own, Mapping) and "type" in own:
-        return dict(own)
+        return _known(own, f"{checkpoint.folder / megatron.RUN_CONFIG}: adapter", ours=True)
     section = checkpoint.run_config.get("peft")
     where = f"{checkpoint.folder / megatron.RUN_CONFIG}: peft"
     if not isinstance(section, Mapping):
@@ -83,7 +89,38 @@ def _peft_section(checkpoint: megatron.Checkpoint) -> dict[str, Any]:
         if key != "_target_"
     }
     plain.setdefault("type", _snake_case(str(section.get("_target_", "")).rpartition(".")[2]))
-    return plain
+    return _known(plain, where, ours=False)
+
+
+def _known(section: Mapping[str, Any], where: str, *, ours: bool) -> dict[str, Any]:
+    """The settings as they were recorded, if this version has the method and reads all of them.
+
+    ours: written by steps. Megatron-Bridge has fields and ways to start that are of no interest once it is trained.
+    """
+    method = str(section["type"])
+    if method not in names():
+        raise ArtifactError(_unsupported(f"{where}.type", f"the adapter's method {method!r}"))
+    section, cls = dict(section), section_class(method)
+    unknown = [key for key, _, _ in unknown_keys(cls, section)] if ours else []
+    problems = [_unsupported(f"{where}.{key}", f"the setting {key} of {method}") for key in unknown]
+    try:
+        cls.model_validate(section)
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            key = ".".join(map(str, entry["loc"]))
+            if key in _START and not ours:
+                del section[key]
+            else:
+                problems.append(_unsupported(f"{where}.{key}", f"{entry['input']!r}", entry["msg"]))
+    if problems:
+        raise ArtifactError(problems)
+    return section
+
+
+def _unsupported(where: str, what: str, why: str = "") -> Problem:
+    what = f"{what} is not known to this version of steps" + (f": {why}" if why else "")
+    hint = "Use the version that trained it (artifact.json names it), or a newer one."
+    return Problem(where, what, hint=hint, name="unsupported_method")
 
 
 def _snake_case(name: str) -> str:

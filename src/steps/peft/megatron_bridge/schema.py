@@ -3,19 +3,20 @@
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from steps.artifacts import record
 from steps.artifacts.opening import Artifact
 from steps.config import training
-from steps.config.base import Section, StepConfig, of_its_kind, section
+from steps.config.base import Adopted, Section, StepConfig, of_its_kind, section
 from steps.config.peft import Peft
 from steps.engine.train import resume
 from steps.engine.train.plan import Plan, mismatches
 from steps.errors import ArtifactError, Problem
 from steps.preflight import lookup
+from steps.shapes import targets
 from steps.shapes.account import Account, misfits
 from steps.shapes.model_config import ModelConfig
 
@@ -48,6 +49,16 @@ class Config(StepConfig):
     open_sections: ClassVar[frozenset[str]] = frozenset(
         ("recipe", "dataset", "train", "optimizer", "scheduler", "peft", "checkpoint", "logger", "rng")
     )
+
+    @classmethod
+    def adopt(cls, data: Mapping[str, Any], sources: Mapping[str, str]) -> Adopted:
+        """NeMo-RL's `policy` and Megatron-Bridge's `peft._target_` as our `peft` section."""
+        peft = data.get("peft")
+        if "policy" not in data and not (isinstance(peft, Mapping) and "_target_" in peft):
+            return Adopted(data, sources)
+        from steps.config import foreign, nemo_rl
+
+        return foreign.adopt(data, sources, [foreign.bridge_target(data, sources), nemo_rl.read(data, sources)])
 
     @property
     def chosen_engine(self) -> str:
@@ -87,20 +98,18 @@ class Config(StepConfig):
             what = f"{optimizer.min_lr} is above optimizer.lr ({optimizer.lr})"
             yield Problem(where="optimizer.min_lr", what=what)
         yield from self.peft.check(train.train_iters)
+        yield from targets.other_words(self.peft)
         if self.chosen_engine == "torch":
             yield from self._check_torch()
         elif self.chosen_engine == "megatron_bridge":
-            yield from self._check_bridge()
-
-    def _check_bridge(self) -> Iterator[Problem]:
-        if self.recipe.target is None:
-            what = "is required by the engine megatron_bridge"
-            yield Problem(where="recipe._target_", what=what, hint="Name a recipe function, or choose engine=torch.")
-        if self.peft.quantization is not None:
-            yield Problem(
-                where="peft.quantization", what="Megatron-Bridge trains on no quantized base", allowed="null",
-                hint="Set engine=torch, or peft.quantization=null.",
-            )  # fmt: skip
+            yield from self.peft.only_torch()
+            yield from self._check_parts()
+            if self.recipe.target is None:
+                what, hint = (
+                    "is required by the engine megatron_bridge",
+                    "Name a recipe function, or choose engine=torch.",
+                )
+                yield Problem(where="recipe._target_", what=what, hint=hint)
 
     def _check_torch(self) -> Iterator[Problem]:
         for name in _PARALLEL:
@@ -115,6 +124,12 @@ class Config(StepConfig):
             of = f" times {processes} processes" if processes > 1 else ""
             what = f"{train.global_batch_size} is no multiple of micro_batch_size ({train.micro_batch_size}){of}"
             yield Problem(where="train.global_batch_size", what=what)
+
+    def _check_parts(self) -> Iterator[Problem]:
+        for pattern, missing in targets.halves(self.peft.targets_asked) if self.peft.canonical else ():
+            what = f"Megatron-Bridge cannot save an adapter on {pattern!r} without one on {missing}"
+            hint = "Name them all, or train with engine=torch."
+            yield Problem(where="peft.target_modules", what=what, hint=hint)
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:
         base, data = inputs[BASE].facts, inputs[DATA].facts
