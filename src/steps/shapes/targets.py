@@ -64,6 +64,11 @@ def home(name: str) -> tuple[str, str]:
     return (f"{before}{dot}{_FUSED[last]}", last) if last in _FUSED else (name, "")
 
 
+def layer(name: str) -> int:
+    """The number of the layer that a linear or a part, by its full name, belongs to."""
+    return int(name.split(".")[2])
+
+
 def shape(model: ModelConfig, name: str) -> tuple[int, int]:
     """(out, in) of a linear or a part, by its full name or the last part of it."""
     last = name.rpartition(".")[2]
