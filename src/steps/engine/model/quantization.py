@@ -1,0 +1,231 @@
+"""Weights held in few bits and made wide where they are used (QLoRA, arXiv 2305.14314, section 3).
+
+A weight is cut, in row-major order, into blocks of `block_size` values; the last may be shorter. Each block has one
+float32 scale, its largest magnitude, and each value is the index of the nearest entry of a code in [-1, 1] to value /
+scale. Double quantization writes the scales themselves in 8 bits, in blocks of 256 of them, around their mean.
+
+Codes, packed bytes and values have the bits that bitsandbytes 0.50 gives them on a CPU. They depend neither on the
+device nor on whether bitsandbytes is installed; where it is, its kernels do the same faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steps.engine.model import quantization_kernels as kernels
+
+#: Scales that share one scale of their own.
+SCALES_BLOCK = 256
+# Values quantized at once, a multiple of every block size: what is wide for a moment is a few such pieces.
+_PIECE = 4096 * 1024
+
+
+class Spec(Protocol):
+    """How a weight is held; the section `peft.quantization` is one. type: a name in CODES."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def double_quant(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Code:
+    """What `bits` bits stand for: values[index], ascending, in [-1, 1]. bits divides 8."""
+
+    bits: int
+    values: tuple[float, ...]
+
+
+#: NormalFloat: the positive and the negative quantiles of N(0, 1) that hold equally many values, apart, and an exact
+#: zero; k bits have 2^(k-1) positive and 2^(k-1) - 1 negative ones. nf4 is the table of the paper's appendix E.
+CODES = {
+    "nf2": Code(2, (-1.0, 0.0, 0.4358394742012024, 1.0)),
+    "nf4": Code(
+        4,
+        (
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ),
+    ),
+    "int8": Code(8, tuple(step / 127 for step in range(-127, 128))),
+}  # fmt: skip
+#: The code of each bit width.
+TYPES = {code.bits: name for name, code in CODES.items()}
+
+
+class QuantizedWeight(nn.Module):
+    """A weight [out, in] in few bits.
+
+    packed:        uint8, 8 / bits values a byte, the first in the highest bits.
+    scales:        one a block: float32; uint8 with double quantization, indices of the dynamic map.
+    scales_absmax: float32, one for 256 scales.   scales_offset: float32 [1], their mean.   Empty without it.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    scales_absmax: Tensor
+    scales_offset: Tensor
+
+    def __init__(self, shape: tuple[int, int], spec: Spec, dtype: torch.dtype = torch.float32) -> None:
+        """Without values yet: `copy_` fills it. dtype: what `dequantize` gives unless told otherwise."""
+        super().__init__()
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.type, self.block_size, self.double_quant = spec.type, spec.block_size, spec.double_quant
+        self.code = CODES[spec.type]
+        blocks = math.ceil(self.shape.numel() / self.block_size)
+        twice = self.double_quant
+        self.register_buffer(
+            "packed", torch.empty(math.ceil(self.shape.numel() * self.code.bits / 8), dtype=torch.uint8)
+        )
+        self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8 if twice else torch.float32))
+        self.register_buffer("scales_absmax", torch.empty(math.ceil(blocks / SCALES_BLOCK) if twice else 0))
+        self.register_buffer("scales_offset", torch.empty(1 if twice else 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @torch.no_grad()
+    def copy_(self, weight: Tensor) -> QuantizedWeight:
+        """Quantize weight [out, in], any float dtype, on its own device (the bits are those of a CPU), into here."""
+        assert weight.shape == self.shape
+        packed, scales = [], []
+        for piece in weight.detach().reshape(-1).split(_PIECE):
+            index, scale = _quantized(piece.float(), self.code, self.block_size)
+            packed.append(_packed(index, self.code.bits))
+            scales.append(scale)
+        absmax = torch.cat(scales)
+        self.packed.copy_(torch.cat(packed))
+        if self.double_quant:
+            offset = absmax.mean()
+            index, outer = _quantized_scales(absmax - offset)
+            self.scales.copy_(index)
+            self.scales_absmax.copy_(outer)
+            self.scales_offset.copy_(offset)
+        else:
+            self.scales.copy_(absmax)
+        return self
+
+    @torch.no_grad()
+    def absmax(self) -> Tensor:
+        """The scale of each block, float32 [blocks]."""
+        if not self.double_quant:
+            return self.scales
+        blocks = len(self.scales)
+        inner = torch.index_select(_dynamic_map(self.scales.device), 0, self.scales.int())
+        inner *= self.scales_absmax.repeat_interleave(SCALES_BLOCK)[:blocks]
+        return inner.add_(self.scales_offset)
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out, in], a new tensor: code times scale in float32, then rounded to dtype (default: its own)."""
+        dtype, absmax = dtype or self.dtype, self.absmax()
+        found = kernels.dequantize(self, absmax, dtype)
+        return self.dequantize_here(absmax).to(dtype) if found is None else found
+
+    def dequantize_here(self, absmax: Tensor) -> Tensor:
+        """The same in torch alone, float32. absmax: what `absmax()` says."""
+        numel = self.shape.numel()
+        # All values of a byte are gathered as one element, 4 to 16 bytes wide.
+        table = _table(self.type, self.packed.device)
+        values = torch.index_select(table, 0, self.packed.int()).view(torch.float32)[:numel]
+        full = numel // self.block_size * self.block_size
+        blocks = values[:full].view(-1, self.block_size)
+        blocks *= absmax[: len(blocks), None]
+        if full < numel:
+            values[full:] *= absmax[-1]
+        return values.view(self.shape)
+
+
+def quantize(weight: Tensor, spec: Spec) -> QuantizedWeight:
+    """weight [out, in], any float dtype, held as `spec` says, on weight's device. It dequantizes to weight's dtype."""
+    rows, columns = weight.shape
+    return QuantizedWeight((rows, columns), spec, weight.dtype).to(weight.device).copy_(weight)
+
+
+def _quantized(values: Tensor, code: Code, block_size: int) -> tuple[Tensor, Tensor]:
+    """Index of each value (uint8, padded with that of 0 to a whole byte) and scale of each block (float32)."""
+    full = len(values) // block_size * block_size
+    scales, scaled = [], []
+    for blocks, exact in ((values[:full].view(-1, block_size), False), (values[full:].view(1, -1), True)):
+        if blocks.numel():
+            absmax = blocks.abs().amax(1)
+            floor = absmax.clamp(min=1e-38)
+            scales.append(floor if exact else absmax)
+            # bitsandbytes divides the short block at the end and multiplies the others with the reciprocal.
+            normed = blocks / floor[:, None] if exact else blocks * (1 / floor)[:, None]
+            scaled.append(normed.clamp_(-1, 1).view(-1))
+    if short := -len(values) % (8 // code.bits):
+        scaled.append(values.new_zeros(short))
+    index = torch.bucketize(torch.cat(scaled), _midpoints(torch.tensor(code.values)).to(values.device), out_int32=True)
+    return index.to(torch.uint8), torch.cat(scales)
+
+
+def _packed(index: Tensor, bits: int) -> Tensor:
+    """Indices [n] of `bits` bits each as bytes, the first in the highest bits."""
+    parts = index.view(-1, 8 // bits).unbind(1)
+    packed = parts[0]
+    for part in parts[1:]:
+        packed = packed << bits | part
+    return packed
+
+
+def _quantized_scales(values: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit index of each value (uint8) and scale of each 256 of them (float32)."""
+    padded = nn.functional.pad(values, (0, -len(values) % SCALES_BLOCK)).view(-1, SCALES_BLOCK)
+    absmax = padded.abs().amax(1)
+    # 0 / 0 in a block of zeros: any code does, bitsandbytes takes the first.
+    scaled = (padded * (1 / absmax)[:, None]).clamp(-1, 1).nan_to_num(nan=-1.0)
+    # bitsandbytes does not search the map but looks up the entry nearest to the nearest of 2^16 points in [-1, 1].
+    point = ((scaled + 1) * 0.5 * 65535 + 0.5).int()
+    index = torch.index_select(_dynamic_points().to(values.device), 0, point.view(-1))
+    return index[: len(values)], absmax
+
+
+def _midpoints(values: Tensor) -> Tensor:
+    return (values[:-1] + values[1:]) / 2
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """The 256 values of the signed 8-bit dynamic data type (arXiv 1511.04561, arXiv 2110.02861 section 2.1).
+
+    For each of seven exponents the middles of 2^i equal parts of [0.1, 1], with both signs; zero and one.
+    """
+    positive: list[float] = []
+    for exponent in range(7):
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1)
+        positive += (10.0 ** (exponent - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
+    return torch.tensor(sorted([*positive, *(-value for value in positive), 0.0, 1.0]), device=device)
+
+
+@cache
+def _dynamic_points() -> Tensor:
+    """The entry of the dynamic map nearest to each of 2^16 equidistant points in [-1, 1], uint8."""
+    points = torch.arange(65536).double().div(65535).mul(2).sub(1).float()
+    return torch.bucketize(points, _midpoints(_dynamic_map(torch.device("cpu")))).to(torch.uint8)
+
+
+@cache
+def _table(type: str, device: torch.device) -> Tensor:
+    """What each byte stands for: [256], an element being the bytes of 8 / bits float32 values."""
+    code = CODES[type]
+    values = torch.tensor(code.values + (0.0,) * (2**code.bits - len(code.values)), device=device)
+    byte = torch.arange(256, device=device)
+    shifts = range(8 - code.bits, -1, -code.bits)
+    wide = torch.stack([values[byte >> shift & 2**code.bits - 1] for shift in shifts], dim=1)
+    element = {1: torch.float32, 2: torch.int64, 4: torch.complex128}[len(shifts)]
+    return wide.view(element).view(-1)
