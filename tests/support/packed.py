@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from steps.artifacts.record import Record, digest_files
+from steps.config.peft import section_class
 from steps.engine.checkpoint import megatron
 from steps.engine.model.decoder import Decoder
 from steps.shapes.model_config import ModelConfig
@@ -114,4 +115,7 @@ def config(root: Path, **sections: dict) -> dict:
     }  # fmt: skip
     for name, values in sections.items():
         data[name] = {**data.get(name, {}), **values} if isinstance(values, dict) else values
+    # dim and alpha stay only for a method that has them.
+    known = {*section_class(data["peft"]["type"]).model_fields, *sections.get("peft", {})}
+    data["peft"] = {key: value for key, value in data["peft"].items() if key in known}
     return data

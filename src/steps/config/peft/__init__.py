@@ -77,10 +77,6 @@ class Peft(Section):
         """The same in one layer, for methods that treat layers differently."""
         return self.trainable(out_features, in_features)
 
-    def quantization_at(self, layer: int) -> Quantization | None:
-        """How the frozen weights of one layer's linears are held; None: as they are."""
-        return self.quantization
-
     @property
     def open(self) -> bool:
         """Whether the method chooses some of its settings itself when a run starts (`Method.settle`)."""
@@ -111,6 +107,10 @@ class Peft(Section):
         """The settings as the fields of Megatron-Bridge's class of the same method; None where it has no such method,
         or no such setting of it."""
         return None
+
+    def held(self, linear: str) -> Quantization | None:
+        """How the frozen weight of a linear is held, by its full name; None: as it is. Adapted or not."""
+        return self.quantization
 
     @property
     def targets_asked(self) -> Sequence[str]:

@@ -8,10 +8,17 @@ from pydantic import Field
 
 from steps.config.peft import Layer, Peft, Quantization
 from steps.errors import Problem
+from steps.shapes.targets import layer
 
 #: How a base weight is held in so many bits: the `type` of a quantization.
-TYPES = {2: "nf2", 4: "nf4", 8: "int8"}
+TYPES: Mapping[int, Literal["nf2", "nf4", "int8"]] = {2: "nf2", 4: "nf4", 8: "int8"}
 _BYTES = {None: 4, "float32": 4, "bfloat16": 2}
+
+
+class FewBits(Quantization):
+    """How the weights of one layer are held."""
+
+    type: Literal["nf2", "nf4", "int8"] = Field(description="nf2, nf4: NormalFloat; int8: symmetric")  # type: ignore[assignment]
 
 
 class QRAdaptor(Peft):
@@ -68,9 +75,9 @@ class QRAdaptor(Peft):
         factors of all layers can be padded to one rank and stay what they are."""
         return self.alpha / max(self.ranks)
 
-    def rank(self, layer: int) -> int:
-        """Rank of a layer's adapters; before the search the largest."""
-        return max(self.ranks) if self.layer_ranks is None else self.layer_ranks[layer]
+    def rank(self, number: int) -> int:
+        """Rank of the adapters of the layer of this number; before the search the largest."""
+        return max(self.ranks) if self.layer_ranks is None else self.layer_ranks[number]
 
     @property
     def padded_rank(self) -> int:
@@ -83,13 +90,12 @@ class QRAdaptor(Peft):
     def trainable_at(self, layer: int, out_features: int, in_features: int) -> int:
         return self.rank(layer) * (out_features + in_features)
 
-    def quantization_at(self, layer: int) -> Quantization | None:
-        bits = max(self.bits) if self.layer_bits is None else self.layer_bits[layer]
-        return self.quantized(bits)
+    def held(self, linear: str) -> FewBits:
+        return self.held_in(max(self.bits) if self.layer_bits is None else self.layer_bits[layer(linear)])
 
-    def quantized(self, bits: int) -> Quantization:
+    def held_in(self, bits: int) -> FewBits:
         """How a weight is held in so many bits."""
-        return Quantization(type=TYPES[bits], block_size=self.block_size, double_quant=self.double_quant)  # type: ignore[arg-type]
+        return FewBits(type=TYPES[bits], block_size=self.block_size, double_quant=self.double_quant)
 
     def layer_bytes(self, layer: Layer, bits: float, rank: int) -> int:
         """What a layer's linears and their adapters take in memory, scales included: the paper's memory of a layer.
@@ -109,7 +115,7 @@ class QRAdaptor(Peft):
         ranks = sorted(set(self.ranks))
         return sum(self.layer_bytes(layer, self.budget_bits, ranks[len(ranks) // 2]) for layer in layers)
 
-    def choices(self, layers: Sequence[Layer]) -> tuple[list[list[int]], list[list[int]]]:
+    def choices(self, layers: Sequence[Layer]) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
         """Bits and ranks that each layer may have, ascending: one where it is given, or where no linear is adapted."""
         bits, ranks = sorted(set(self.bits)), sorted(set(self.ranks))
         return (
@@ -140,15 +146,14 @@ class QRAdaptor(Peft):
 
     def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
         yield from super().misfits(shapes)
-        for key, ranks in (("ranks", self.ranks), ("layer_ranks", self.layer_ranks)):
-            small = {name: shape for name, shape in shapes.items() if max(ranks or [0]) > min(shape)}
-            if small:
-                name, shape = min(small.items(), key=lambda entry: min(entry[1]))
-                yield Problem(
-                    where=f"peft.{key}", what=f"rank {max(ranks or [0])} is above that of {name}, which is {list(shape)}",
-                    allowed=f"1 to {min(shape)}",
-                )  # fmt: skip
-                return
+        rank = max(self.ranks, default=0)
+        if small := {name: shape for name, shape in shapes.items() if rank > min(shape)}:
+            name, shape = min(small.items(), key=lambda entry: min(entry[1]))
+            yield Problem(
+                where="peft.ranks",
+                what=f"rank {rank} is above that of {name}, which is {list(shape)}",
+                allowed=f"1 to {min(shape)}",
+            )
 
     def layer_misfits(self, layers: Sequence[Layer]) -> Iterator[Problem]:
         yield from super().layer_misfits(layers)

@@ -29,11 +29,11 @@ class Proxy:
 
     batches: every other one is tuned on, the rest measured on; a single one serves for both.
     loss:    sum over a batch's trained tokens.
-    held:    how weights are held in so many bits.
+    choices: bits that each layer may be held in.   held: how weights are held in so many bits.
     attach:  puts fresh adapters of a configuration on the decoder.
     steps, lr: AdamW steps of one batch each, without weight decay.
 
-    The decoder is used up: from the first `loss` on its linears hold dequantized weights only.
+    The decoder is used up: from the first `loss` on its linears' own weights are gone.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Proxy:
         decoder: Decoder,
         batches: Sequence[MicroBatch],
         loss: Callable[[Decoder, MicroBatch], Tensor],
+        choices: Sequence[Sequence[int]],
         held: Callable[[int], Spec],
         attach: Callable[[Configuration], Adapters],
         steps: int,
@@ -48,7 +49,7 @@ class Proxy:
     ) -> None:
         self.decoder, self._loss, self._held, self._attach = decoder.eval(), loss, held, attach
         self.tuned, self.measured = batches[::2], batches[1::2] or batches
-        self.steps, self.lr = steps, lr
+        self.steps, self.lr, self._choices = steps, lr, choices
         self._linears = [
             [(name, linear) for name, linear in decoder.linears().items() if name.split(".")[2] == str(layer)]
             for layer in range(decoder.config.num_layers)
@@ -57,11 +58,12 @@ class Proxy:
         self._few: dict[tuple[str, int], QuantizedWeight] = {}
         self._bits: list[int | None] = [None] * decoder.config.num_layers
 
-    def sensitivity(self, bits: Sequence[int], progress: Progress) -> list[float]:
+    def sensitivity(self, progress: Progress) -> list[float]:
         """For each layer KL(p || q) in nats, the mean over the trained tokens that are tuned on.
 
-        p is what the model says of the next token, q what it says when this layer alone is held in bits[layer].
+        p is what the model says of the next token, q what it says when this layer alone is held in its fewest bits.
         """
+        bits = [min(choices) for choices in self._choices]
         found = [0.0] * len(bits)
         tokens = sum(len(batch.trained) for batch in self.tuned)
         with torch.no_grad(), progress.task("layer sensitivity", len(bits) * len(self.tuned), "layers") as task:
@@ -77,6 +79,7 @@ class Proxy:
 
     def loss(self, configuration: Configuration) -> float:
         """Mean loss in nats over the trained tokens that are measured on, after the tuning."""
+        self._forget()
         for layer, (bits, _) in enumerate(configuration):
             self._hold(layer, bits)
         adapters = self._attach(configuration)
@@ -109,10 +112,21 @@ class Proxy:
             if bits is None:
                 linear.weight.data = self._wide[name]
                 continue
-            if (name, bits) not in self._few:
-                self._few[name, bits] = quantize(self._wide[name], self._held(bits))
-            linear.weight.data = self._few[name, bits].dequantize(linear.weight.dtype)
+            linear.weight.data = self._quantized(name, bits).dequantize(linear.weight.dtype)
         self._bits[layer] = bits
+
+    def _quantized(self, name: str, bits: int) -> QuantizedWeight:
+        if (name, bits) not in self._few:
+            self._few[name, bits] = quantize(self._wide[name], self._held(bits))
+        return self._few[name, bits]
+
+    def _forget(self) -> None:
+        """Keep what the linears' own weights are in every choice of bits, but not themselves."""
+        for layer, choices in enumerate(self._choices):
+            for name, _ in self._linears[layer]:
+                for bits in choices if name in self._wide else ():
+                    self._quantized(name, bits)
+                self._wide.pop(name, None)
 
     def _inputs(self, batch: MicroBatch) -> tuple[list[Tensor], Tensor]:
         """What each layer is given, [tokens, hidden], and what the output layer is."""
@@ -137,7 +151,7 @@ class Proxy:
     def _divergence(self, last: Tensor, other: Tensor, batch: MicroBatch) -> float:
         """Sum over tokens of KL(p || q), p and q being what the output layer makes of [n, hidden]."""
         total = 0.0
-        for ours, theirs in zip(last.split(_CHUNK), other.split(_CHUNK), strict=True):
+        for ours, theirs in zip(torch.split(last, _CHUNK), torch.split(other, _CHUNK), strict=True):
             p, q = (F.log_softmax(F.linear(x, self.decoder.output_weight).float(), -1) for x in (ours, theirs))
             total += F.kl_div(q, p, reduction="sum", log_target=True).item()
         return total if math.isfinite(total) else _HOPELESS * len(batch.trained)

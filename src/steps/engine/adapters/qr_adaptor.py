@@ -1,8 +1,8 @@
 """QR-Adaptor: bits of the base and rank of the adapters chosen together, layer by layer (arXiv 2505.03802).
 
-A configuration gives each decoder layer a pair (bits, rank). What is looked for is the least loss under a memory budget,
-over the Pareto front of loss and memory, in the paper's three stages (engine/search/stages.py), without a gradient of
-anything with respect to the configuration. Then a LoRA of these ranks is trained on a base of these bits.
+A configuration gives each decoder layer a pair (bits, rank). What is looked for is the least loss under a memory
+budget, and with it the Pareto front of loss and memory, in the paper's three stages (engine/search/stages.py), without
+a gradient of anything with respect to the configuration. Then a LoRA of these ranks is trained on a base of these bits.
 
 As the paper has it: the unit is a decoder layer; its sensitivity is the KL divergence of the model's output when this
 layer alone is held in the fewest bits; sensitive layers start with more of both; crossover inherits a layer's pair
@@ -10,17 +10,19 @@ whole, mutation moves by one choice; a configuration is judged by proxy tuning, 
 loss on other rows; memory is the quantized weights, their scales and the adapters; a Matérn-5/2 process proposes
 neighbours of the front by expected improvement, its features being the places of bits and ranks among the choices.
 
-Where the paper leaves it open, or is dearer than a laptop can pay, here: the rows are the first of the run, half for the
-tuning and half for the measuring. KL and loss are over trained tokens. One sensitivity stands for both bits and rank.
-The authors pre-select children by a learnt model and tune for longer; here each child is tuned, for `proxy_steps`.
-The budget is a hard limit, kept by stepping down where sensitivity per byte is least. The choice is the least loss on
-the front (`loss_weight` 1; the authors' code weighs loss 0.6 against memory 0.4). Adapters of all ranks share one scale,
-alpha / max(ranks), and a smaller A is the head of a larger one, so that configurations differ in nothing but themselves.
+Where the paper leaves it open, or is dearer than a laptop can pay, here: the rows are the first of the run, half for
+the tuning and half for the measuring. KL and loss are over trained tokens. One sensitivity stands for both bits and
+rank. The authors pre-select children by a learnt model, and their process knows the front alone; here every child is
+tuned for `proxy_steps`, and the process knows all that was tried. The budget is a hard limit, kept, as in the authors'
+code, by stepping down where sensitivity per byte is least. The choice is the least loss within the budget, the paper's
+statement of the problem (`loss_weight` 1; the authors' code weighs loss 0.6 against memory 0.4). The uniform base that
+the budget speaks of is tried too. Adapters of all ranks share one scale, alpha / max(ranks), and a smaller A is the
+head of a larger one, so that configurations differ in nothing but themselves. 2, 4 and 8 bits are nf2, nf4 and int8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,7 +38,7 @@ from steps.engine.adapters.starts import matrix
 from steps.engine.model.decoder import Decoder
 from steps.engine.search.report import Report
 from steps.engine.search.space import Configuration, Space
-from steps.engine.search.stages import Outcome, Settings, Trial, search
+from steps.engine.search.stages import Settings, Trial, search
 from steps.shapes import account, targets
 
 
@@ -49,7 +51,10 @@ class RankedAdapter(LoRAAdapter):
 
     def saved(self) -> dict[str, Tensor]:
         a, b = self.linear_in.weight.detach(), self.linear_out.weight.detach()
-        padded = {"linear_in.weight": F.pad(a, (0, 0, 0, self.missing)), "linear_out.weight": F.pad(b, (0, self.missing))}
+        padded = {
+            "linear_in.weight": F.pad(a, (0, 0, 0, self.missing)),
+            "linear_out.weight": F.pad(b, (0, self.missing)),
+        }
         return padded if self.missing else super().saved()
 
     def load_saved(self, tensors: Mapping[str, Tensor]) -> None:
@@ -85,17 +90,19 @@ class QRAdaptorMethod(Method[QRAdaptor]):
         section, log = self.section, calibration.progress.log
         layers = account.layers(section, self.model)
         bits, ranks = section.choices(layers)
-        space = Space(bits, ranks, lambda layer, *gene: section.layer_bytes(layers[layer], *gene), section.budget(layers))
+        space = Space(
+            bits, ranks, lambda layer, *gene: section.layer_bytes(layers[layer], *gene), section.budget(layers)
+        )
         settings = Settings(
             section.population, section.generations, section.refinements, section.loss_weight,
             calibration.seed if section.search_seed is None else section.search_seed,
         )  # fmt: skip
         decoder, batches = calibration.decoder(), calibration.batches(section.calibration_rows)
         proxy = Proxy(
-            decoder, batches, calibration.loss, section.quantized,
+            decoder, batches, calibration.loss, bits, section.held_in,
             partial(self._attached, decoder, calibration.seed), section.proxy_steps, section.proxy_lr,
         )  # fmt: skip
-        sensitivity = proxy.sensitivity([min(choices) for choices in bits], calibration.progress)
+        sensitivity = proxy.sensitivity(calibration.progress)
         log(f"search: layers {_ordered(sensitivity)} are the most sensitive to few bits, in this order")
         with calibration.progress.task("search", settings.trials, "configurations") as task:
             best: list[float] = []
@@ -131,5 +138,5 @@ def _ordered(sensitivity: list[float]) -> str:
     return ", ".join(map(str, most))
 
 
-def _mean(values: list[int]) -> float:
+def _mean(values: Sequence[int]) -> float:
     return sum(values) / max(len(values), 1)

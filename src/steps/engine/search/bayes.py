@@ -44,7 +44,7 @@ class Process:
         """The process with these two settings. The variance is the likeliest one, in closed form."""
         mean = float(values.mean())
         covariance = matern52(points, points, length) + noise * np.eye(len(points))
-        root = np.linalg.cholesky(covariance)
+        root: Floats = np.linalg.cholesky(covariance).astype(np.float64, copy=False)
         weights = np.linalg.solve(root.T, np.linalg.solve(root, values - mean))
         variance = float((values - mean) @ weights) / len(values)
         return cls(points, length, noise, mean, max(variance, 1e-30), root, weights)

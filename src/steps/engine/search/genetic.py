@@ -28,6 +28,8 @@ def evolve(
 ) -> list[Configuration]:
     """The population after `generations`, as large as `start`; within the budget if `start` is.
 
+    It survives who is best of all that were ever evaluated: a trial is dear, and none is forgotten.
+
     objectives: what is to be small; asked once for each configuration.
     """
     population, seen = list(dict.fromkeys(start)), set(start)

@@ -23,7 +23,8 @@ def fronts(points: Sequence[Point]) -> list[list[int]]:
     if not points:
         return []
     values = np.asarray(points, dtype=np.float64)
-    below = (values[:, None] <= values[None]).all(-1) & (values[:, None] < values[None]).any(-1)  # [i, j]: i before j
+    one, other = values[:, None], values[None]
+    below = np.asarray((one <= other).all(-1) & (one < other).any(-1))  # [i, j]: i dominates j
     dominators = below.sum(0)
     sorted_in: list[list[int]] = []
     while (dominators >= 0).any():

@@ -13,7 +13,7 @@ from steps.engine.search.genetic import evolve, initial
 from steps.engine.search.pareto import Point, fronts
 from steps.engine.search.space import Configuration, Floats, Space
 
-#: Expected improvement, in units of the seen range of what is refined, below which nothing more is tried (the authors').
+#: Expected improvement, over the range of what was seen so far, below which nothing more is tried (the authors' value).
 _CONVERGED = 1e-4
 
 

@@ -147,14 +147,13 @@ def _start(plan: Plan, trained: adapters.Adapters, split: PackedSplit, here: Wor
     """The start of a fresh run: what the method wants to see of the data, and the same adapters on every process."""
     rows = trained.method.calibration_rows
     trained.method.start(trained, _first(plan, split, rows, trained.decoder.config, here.device))
-    for module in (*trained.modules.values(), trained.shared):
+    # Where the tensors live, not `trained.tensors()`: what stands for them in a checkpoint may be made on the spot.
+    for module in (trained.shared, *trained.modules.values()):
         for tensor in () if module is None else module.state_dict().values():
             here.broadcast(tensor)
 
 
-def _first(
-    plan: Plan, split: PackedSplit, rows: int, shape: ModelConfig, device: torch.device
-) -> list[MicroBatch]:
+def _first(plan: Plan, split: PackedSplit, rows: int, shape: ModelConfig, device: torch.device) -> list[MicroBatch]:
     """The first rows that the run trains on, one a batch."""
     order = Order(len(split), plan.rng.seed)
     return [read_known(split, [order[row]], shape.vocab_size).to(device) for row in range(min(rows, len(split)))]
