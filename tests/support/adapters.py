@@ -16,6 +16,7 @@ from steps.artifacts.record import Record
 from steps.config.peft import Peft, names, section_class
 from steps.config.validate import validate
 from steps.engine.adapters import base
+from steps.engine.model.decoder import Decoder
 from steps.engine.progress import Silent
 from steps.engine.train.finetune import finetune
 from steps.peft.megatron_bridge.schema import BASE, DATA, Config
@@ -30,22 +31,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"dim": 4, "init_lora_weights": "pissa"},
         {"dim": 4, "init_lora_weights": "olora", "alpha": 4},
         {"dim": 4, "init_lora_weights": "eva", "calibration_rows": 2},
+        {"dim": 4, "quantization": {"type": "nf4", "block_size": 32}},
+        {"dim": 4, "quantization": {"type": "int8", "block_size": 32, "double_quant": False}},
     ),
     "canonical_lora": ({"dim": 4, "dropout": 0.2}, {"dim": 4, "target_modules": ["q_proj", "linear_v", "up_proj"]}),
-    "dora": ({"dim": 4, "alpha": 6}, {"dim": 4, "alpha": 6, "dropout": 0.2}),
+    "dora": (
+        {"dim": 4, "alpha": 6},
+        {"dim": 4, "alpha": 6, "dropout": 0.2},
+        {"dim": 4, "quantization": {"type": "nf4", "block_size": 32}},
+        {"dim": 4, "quantization": {"type": "int8", "block_size": 32}},
+    ),
     "qr_adaptor": (
         {"ranks": [2, 4], "alpha": 6, "layer_bits": [8, 4], "layer_ranks": [2, 4], "block_size": 32},
         {
-            "ranks": [2, 4],
-            "alpha": 6,
-            "dropout": 0.2,
-            "bits": [4, 8],
-            "budget_bits": 6.0,
-            "calibration_rows": 2,
-            "proxy_steps": 1,
-            "population": 2,
-            "generations": 1,
-            "refinements": 1,
+            **{"ranks": [2, 4], "alpha": 6, "dropout": 0.2, "bits": [4, 8], "budget_bits": 6.0},
+            **{"calibration_rows": 2, "proxy_steps": 1, "population": 2, "generations": 1, "refinements": 1},
         },
     ),
 }
@@ -63,11 +63,24 @@ def section(case: Mapping[str, Any]) -> Peft:
     return section_class(case["type"]).model_validate(dict(case))
 
 
+def bare(case: Mapping[str, Any], **options: Any) -> Decoder:
+    """The random decoder of SHAPE that a case trains on, its weights held as the case says. options: of the decoder."""
+    return random_decoder(quantize=section(case).held, **options)
+
+
+def dense(case: Mapping[str, Any]) -> Decoder:
+    """The same with weights that are not quantized any more."""
+    decoder = random_decoder()
+    for name, linear in bare(case).linears().items():
+        decoder.get_submodule(name).weight.copy_(linear.dense())
+    return decoder
+
+
 def adapted(case: Mapping[str, Any], seed: int = 3, **options: Any) -> base.Adapters:
-    """A random decoder of SHAPE with the adapters of a case. options: of the decoder."""
+    """That decoder with the adapters of the case. options: of the decoder."""
     settings = section(case)
     method = base.create(settings, SHAPE)
-    return base.attach(random_decoder(**options), method, chosen(settings, SHAPE.num_layers), seed)
+    return base.attach(bare(case, **options), method, chosen(settings, SHAPE.num_layers), seed)
 
 
 def shake(adapters: base.Adapters, seed: int = 5) -> None:

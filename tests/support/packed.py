@@ -35,11 +35,11 @@ TOKENIZER = "0" * 64
 def random_decoder(shape: ModelConfig = SHAPE, seed: int = 0, **options: object) -> Decoder:
     """A decoder with random weights, large enough for losses that move."""
     decoder = Decoder(shape, **options)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in decoder.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
+    generator, weights = torch.Generator().manual_seed(seed), decoder.weights()
+    for name in dict(Decoder(shape, device="meta").named_parameters()):  # the same numbers, however they are held
+        values = torch.randn(weights[name].shape, generator=generator)
         norm = "norm" in name
-        parameter.copy_(1 + 0.1 * values if norm else 0.2 * values)
+        weights[name].copy_(1 + 0.1 * values if norm else 0.2 * values)
     return decoder
 
 

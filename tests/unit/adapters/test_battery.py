@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.adapters import CASES, DEPARTS, adapted, section, shake, told, train, train_in_two_processes
+from support.adapters import CASES, DEPARTS, adapted, bare, dense, section, shake, told, train, train_in_two_processes
 from support.packed import SHAPE, random_decoder, random_rows, write_base, write_packed
 
 from steps.engine.checkpoint.megatron import Checkpoint
@@ -29,7 +29,7 @@ def root(tmp_path_factory):
 def test_training_starts_from_the_base_model(case):
     """To the bit, where nothing is added at the start; to float32 rounding, where a start is added and taken away."""
     with torch.no_grad():
-        start, base = adapted(case).decoder(IDS, BOUNDS), random_decoder()(IDS, BOUNDS)
+        start, base = adapted(case).decoder(IDS, BOUNDS), bare(case)(IDS, BOUNDS)
     off = (start - base).abs().max().item()
     allowed = DEPARTS.get(case["type"], 2e-4 if case.get("init_lora_weights") in ("pissa", "olora") else 0.0)
     assert off <= allowed
@@ -63,7 +63,7 @@ def test_merged_weights_compute_what_the_adapters_compute(case):
     adapters.decoder.eval()
     with torch.no_grad():
         got = adapters.decoder(IDS, BOUNDS)
-    merged = random_decoder()
+    merged = dense(case)
     shared = {} if adapters.shared is None else adapters.shared.state_dict()
     for name, linear in merged.linears().items():
         if name in adapters.modules:
@@ -78,7 +78,7 @@ def test_merged_weights_compute_what_the_adapters_compute(case):
         expected = merged(IDS, BOUNDS)
     # float32, two ways of summing; the logits are of order 10.
     torch.testing.assert_close(expected, got, rtol=0, atol=3e-4)
-    assert (got - random_decoder()(IDS, BOUNDS)).abs().max() > 1e-2
+    assert (got - bare(case)(IDS, BOUNDS)).abs().max() > 1e-2
 
 
 @every_case
@@ -124,7 +124,7 @@ def test_bfloat16_base_keeps_float32_masters_and_computes_in_bfloat16(case):
     logits.float().square().mean().backward()
     assert all(value.dtype == value.grad.dtype == torch.float32 for value in adapters.parameters().values())
     # So small a random model amplifies each rounding: the base alone, computed in bfloat16, is 3 % off.
-    base = _off(random_decoder(dtype=torch.bfloat16)(IDS, BOUNDS), random_decoder()(IDS, BOUNDS))
+    base = _off(bare(case, dtype=torch.bfloat16)(IDS, BOUNDS), bare(case)(IDS, BOUNDS))
     assert _off(logits, wide.decoder.eval()(IDS, BOUNDS)) < 5 * base
 
 
@@ -136,7 +136,7 @@ def test_a_run_lowers_the_loss_and_leaves_the_base_alone(case, root, tmp_path):
     stored, fresh = Checkpoint.open(root / "base"), dict(random_decoder().named_parameters())
     assert all(torch.equal(stored.read(name), value) for name, value in fresh.items())
     adapter = open_adapter(tmp_path / "lora")
-    assert {key: adapter.section[key] for key in case} == case
+    assert section(adapter.section).model_dump() == section(case).model_dump()
 
 
 @every_case

@@ -6,7 +6,7 @@ wherever it lies, is computed as if it were alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steps.engine.model.layers import Documents, Linear, TransformerLayer, Weight
 from steps.engine.model.pointwise import rms_norm
+from steps.engine.model.quantization import QuantizedWeight, Spec
 from steps.engine.model.rotary import inverse_frequencies, rotation
 from steps.shapes.model_config import ModelConfig
 
@@ -46,8 +47,13 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         recompute: bool = False,
+        quantize: Callable[[str], Spec | None] | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        """dtype: of the weights and the computation; None: config.params_dtype."""
+        """dtype:      of the weights and the computation; None: config.params_dtype.
+        quantize:      how a linear, by its full name, holds its weight: None for as it is. It is never wide as a whole.
+        compute_dtype: of products with quantized weights; None: dtype.
+        """
         super().__init__()
         self.config, self.recompute = config, recompute
         with torch.device("meta"):
@@ -55,7 +61,11 @@ class Decoder(nn.Module):
             self.decoder = _Block(config)
             tied = config.share_embeddings_and_output_weights
             self.output_layer = None if tied else Weight(config.vocab_size, config.hidden_size)
-        self.to(dtype or getattr(torch, config.params_dtype)).to_empty(device=device)
+        self.to(dtype or getattr(torch, config.params_dtype))
+        for name, linear in self.linears().items():
+            if quantize is not None and (spec := quantize(name)) is not None:
+                linear.quantize(spec, compute_dtype)
+        self.to_empty(device=device)
         self._frequencies = inverse_frequencies(config)
 
     @property
@@ -97,13 +107,20 @@ class Decoder(nn.Module):
         """Every linear that an adapter can be put on, by its full name, in the order of computation."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
 
+    def weights(self) -> dict[str, nn.Parameter | QuantizedWeight]:
+        """Everything of the frozen model by its full name, quantized weights under the names of the weights."""
+        found: dict[str, nn.Parameter | QuantizedWeight] = {
+            name: value for name, value in self.named_parameters() if "adapter" not in name.split(".")
+        }
+        return found | {name: module for name, module in self.named_modules() if isinstance(module, QuantizedWeight)}
+
 
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy tensors, named per layer as the decoder's own parameters are, into the decoder, one at a time.
+    """Copy tensors, named per layer as the decoder's own weights are, into the decoder, one at a time.
 
     Raises ValueError for a name the model does not have, a wrong shape, and (in the end) names that never came.
     """
-    waiting = {name: value for name, value in decoder.named_parameters() if "adapter" not in name.split(".")}
+    waiting = decoder.weights()
     for name, tensor in tensors:
         parameter = waiting.pop(name, None)
         if parameter is None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from steps.engine.model.attention import attend
 from steps.engine.model.pointwise import rms_norm, swiglu
+from steps.engine.model.quantization import QuantizedWeight, Spec, product, quantize
 from steps.engine.model.rotary import rotate
 from steps.shapes.model_config import ModelConfig
 
@@ -40,7 +41,7 @@ class Weight(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W^T + b with W [out, in], and a place for an adapter.
+    """x W^T + b with W [out, in], as it is or in few bits, and a place for an adapter.
 
     An adapter is a child module named `adapter`, so that its tensors are called `<linear>.adapter.<name>`. It is called
     with the input and this module and returns the whole output: it asks `project` for the frozen part.
@@ -49,20 +50,35 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = frozen(out_features, in_features)
+        self.weight: nn.Parameter | QuantizedWeight = frozen(out_features, in_features)
         self.bias = frozen(out_features) if bias else None
         self.adapter: nn.Module | None = None
 
     def dense(self) -> Tensor:
-        """The frozen weight [out, in] in the compute dtype, for methods that look at it. Not to be kept or changed."""
+        """The frozen weight [out, in] in the compute dtype, for methods that look at it. Not to be kept or changed.
+
+        Of a quantized weight: what it dequantizes to, made anew.
+        """
+        if isinstance(self.weight, QuantizedWeight):
+            return self.weight.dequantize().to(self.weight.dtype)
         return self.weight
+
+    def quantize(self, spec: Spec, compute_dtype: torch.dtype | None = None) -> None:
+        """Hold the weight as `spec` says from now on. compute_dtype: of the products; None: the weight's own."""
+        assert isinstance(self.weight, nn.Parameter), "it is quantized already"
+        held = quantize(self.weight, spec, compute_dtype)
+        del self.weight
+        self.weight = held
 
     def project(self, x: Tensor, *, bias: bool = True) -> Tensor:
         """The frozen product. x: [tokens, in]; returns [tokens, out]. No gradient of the weight is ever computed.
 
         bias: False leaves the bias out.
         """
-        return F.linear(x, self.weight, self.bias if bias else None)
+        added = self.bias if bias else None
+        if isinstance(self.weight, QuantizedWeight):
+            return product(x, self.weight, added)
+        return F.linear(x, self.weight, added)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is None:

@@ -11,20 +11,22 @@ device nor on whether bitsandbytes is installed; where it is, its kernels do the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from steps.engine.model import quantization_kernels as kernels
 
 #: Scales that share one scale of their own.
 SCALES_BLOCK = 256
-# Values quantized at once, a multiple of every block size: what is wide for a moment is a few such pieces.
-_PIECE = 4096 * 1024
+# Values quantized at once, a multiple of every block size: few enough for the cache, and for the memory beside a model.
+_PIECE = 64 * 4096
+# Equal parts of [-1, 1], so many that no two bounds between neighbours of a code lie in the same one.
+_CELLS = 4096
 
 
 class Spec(Protocol):
@@ -78,11 +80,21 @@ class QuantizedWeight(nn.Module):
     scales_absmax: Tensor
     scales_offset: Tensor
 
-    def __init__(self, shape: tuple[int, int], spec: Spec, dtype: torch.dtype = torch.float32) -> None:
-        """Without values yet: `copy_` fills it. dtype: what `dequantize` gives unless told otherwise."""
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        spec: Spec,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Without values yet: `copy_` fills it.
+
+        dtype:         of the weight that it stands for, and of what `dense` gives.
+        compute_dtype: of products with it; None: dtype.
+        """
         super().__init__()
-        self.shape, self.dtype = torch.Size(shape), dtype
-        self.type, self.block_size, self.double_quant = spec.type, spec.block_size, spec.double_quant
+        self.shape, self.dtype, self.compute_dtype = torch.Size(shape), dtype, compute_dtype or dtype
+        self.code_name, self.block_size, self.double_quant = spec.type, spec.block_size, spec.double_quant
         self.code = CODES[spec.type]
         blocks = math.ceil(self.shape.numel() / self.block_size)
         twice = self.double_quant
@@ -100,11 +112,11 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def copy_(self, weight: Tensor) -> QuantizedWeight:
-        """Quantize weight [out, in], any float dtype, on its own device (the bits are those of a CPU), into here."""
+        """Quantize weight [out, in], any float dtype, into here; computed where it lies, piece by piece."""
         assert weight.shape == self.shape
         packed, scales = [], []
-        for piece in weight.detach().reshape(-1).split(_PIECE):
-            index, scale = _quantized(piece.float(), self.code, self.block_size)
+        for piece in torch.split(weight.detach().reshape(-1), _PIECE):
+            index, scale = _quantized(piece.float(), self.code_name, self.block_size)
             packed.append(_packed(index, self.code.bits))
             scales.append(scale)
         absmax = torch.cat(scales)
@@ -131,8 +143,8 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out, in], a new tensor: code times scale in float32, then rounded to dtype (default: its own)."""
-        dtype, absmax = dtype or self.dtype, self.absmax()
+        """The weight [out, in], made anew: code times scale in float32, rounded to dtype (default: compute_dtype)."""
+        dtype, absmax = dtype or self.compute_dtype, self.absmax()
         found = kernels.dequantize(self, absmax, dtype)
         return self.dequantize_here(absmax).to(dtype) if found is None else found
 
@@ -140,7 +152,7 @@ class QuantizedWeight(nn.Module):
         """The same in torch alone, float32. absmax: what `absmax()` says."""
         numel = self.shape.numel()
         # All values of a byte are gathered as one element, 4 to 16 bytes wide.
-        table = _table(self.type, self.packed.device)
+        table = _table(self.code_name, self.packed.device)
         values = torch.index_select(table, 0, self.packed.int()).view(torch.float32)[:numel]
         full = numel // self.block_size * self.block_size
         blocks = values[:full].view(-1, self.block_size)
@@ -150,13 +162,37 @@ class QuantizedWeight(nn.Module):
         return values.view(self.shape)
 
 
-def quantize(weight: Tensor, spec: Spec) -> QuantizedWeight:
-    """weight [out, in], any float dtype, held as `spec` says, on weight's device. It dequantizes to weight's dtype."""
+def quantize(weight: Tensor, spec: Spec, compute_dtype: torch.dtype | None = None) -> QuantizedWeight:
+    """weight [out, in], any float dtype, held as `spec` says, on weight's device (of a meta tensor: without values)."""
     rows, columns = weight.shape
-    return QuantizedWeight((rows, columns), spec, weight.dtype).to(weight.device).copy_(weight)
+    with weight.device:
+        held = QuantizedWeight((rows, columns), spec, weight.dtype, compute_dtype)
+    return held if weight.is_meta else held.copy_(weight)
 
 
-def _quantized(values: Tensor, code: Code, block_size: int) -> tuple[Tensor, Tensor]:
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        dtype = weight.compute_dtype
+        return F.linear(x.to(dtype), weight.dequantize(), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        return (grad.to(ctx.weight.compute_dtype) @ ctx.weight.dequantize()).to(grad.dtype), None, None
+
+
+def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + b, computed in weight.compute_dtype. W is made wide here, and again for the gradient of x; never kept.
+
+    x: [tokens, in]; bias: [out], frozen. Returns [tokens, out] in x's dtype.
+    """
+    out: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _quantized(values: Tensor, code_name: str, block_size: int) -> tuple[Tensor, Tensor]:
     """Index of each value (uint8, padded with that of 0 to a whole byte) and scale of each block (float32)."""
     full = len(values) // block_size * block_size
     scales, scaled = [], []
@@ -168,10 +204,30 @@ def _quantized(values: Tensor, code: Code, block_size: int) -> tuple[Tensor, Ten
             # bitsandbytes divides the short block at the end and multiplies the others with the reciprocal.
             normed = blocks / floor[:, None] if exact else blocks * (1 / floor)[:, None]
             scaled.append(normed.clamp_(-1, 1).view(-1))
-    if short := -len(values) % (8 // code.bits):
+    if short := -len(values) % (8 // CODES[code_name].bits):
         scaled.append(values.new_zeros(short))
-    index = torch.bucketize(torch.cat(scaled), _midpoints(torch.tensor(code.values)).to(values.device), out_int32=True)
-    return index.to(torch.uint8), torch.cat(scales)
+    return _nearest(torch.cat(scaled), code_name), torch.cat(scales)
+
+
+def _nearest(values: Tensor, code_name: str) -> Tensor:
+    """Index (uint8) of the nearest entry of a code; in the middle between two the lower. values: [n], in [-1, 1].
+
+    What torch.bucketize over the bounds between neighbours gives, in a tenth of its time: the cell of a value says how
+    many bounds lie in cells before it, and which one may lie in its own.
+    """
+    before, bound = _cells(code_name, values.device)
+    cell = values.add(1).mul_(_CELLS / 2).int()
+    return torch.index_select(before, 0, cell).add_(values > torch.index_select(bound, 0, cell))
+
+
+@cache
+def _cells(code_name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    bounds = _midpoints(torch.tensor(CODES[code_name].values))
+    cell = bounds.add(1).mul_(_CELLS / 2).int()  # the very rounding that values get
+    assert len(set(cell.tolist())) == len(cell)
+    before = torch.searchsorted(cell, torch.arange(_CELLS + 1, dtype=torch.int32)).to(torch.uint8)
+    bound = torch.full((_CELLS + 1,), 2.0).index_copy_(0, cell.long(), bounds)
+    return before.to(device), bound.to(device)
 
 
 def _packed(index: Tensor, bits: int) -> Tensor:
@@ -185,7 +241,7 @@ def _packed(index: Tensor, bits: int) -> Tensor:
 
 def _quantized_scales(values: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit index of each value (uint8) and scale of each 256 of them (float32)."""
-    padded = nn.functional.pad(values, (0, -len(values) % SCALES_BLOCK)).view(-1, SCALES_BLOCK)
+    padded = F.pad(values, (0, -len(values) % SCALES_BLOCK)).view(-1, SCALES_BLOCK)
     absmax = padded.abs().amax(1)
     # 0 / 0 in a block of zeros: any code does, bitsandbytes takes the first.
     scaled = (padded * (1 / absmax)[:, None]).clamp(-1, 1).nan_to_num(nan=-1.0)
@@ -220,9 +276,9 @@ def _dynamic_points() -> Tensor:
 
 
 @cache
-def _table(type: str, device: torch.device) -> Tensor:
+def _table(code_name: str, device: torch.device) -> Tensor:
     """What each byte stands for: [256], an element being the bytes of 8 / bits float32 values."""
-    code = CODES[type]
+    code = CODES[code_name]
     values = torch.tensor(code.values + (0.0,) * (2**code.bits - len(code.values)), device=device)
     byte = torch.arange(256, device=device)
     shifts = range(8 - code.bits, -1, -code.bits)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from steps.artifacts.record import Record
+from steps.config.peft import Peft
 from steps.engine.adapters import base as adapters
 from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.lazy import LazyTensors
 from steps.engine.data.batches import MicroBatch, Order
 from steps.engine.data.shards import PackedSplit
 from steps.engine.model.decoder import Decoder, load_weights
+from steps.engine.model.quantization import QuantizedWeight
 from steps.engine.progress import Progress
 from steps.engine.train.distributed import World, world
 from steps.engine.train.loop import Trainer, batch_loss, read_known
@@ -121,12 +123,27 @@ def _shape(base: megatron.Checkpoint) -> ModelConfig:
     return model_config(base.run_config, str(base.folder / megatron.RUN_CONFIG))
 
 
-def _decoder(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress: Progress) -> Decoder:
-    """The base model, frozen."""
+def _decoder(
+    plan: Plan,
+    base: megatron.Checkpoint,
+    device: torch.device,
+    progress: Progress,
+    section: Peft | None = None,
+) -> Decoder:
+    """The base model, frozen; held as a section says, or as it is."""
     shape = _shape(base)
     dtype = compute_dtype(plan.train.precision, shape.params_dtype, device)
     recompute = plan.train.recompute_granularity == "full"
-    decoder = Decoder(shape, dtype=dtype, device=device, recompute=recompute)
+    held = None if section is None else section.quantization
+    products = getattr(torch, held.compute_dtype) if held is not None and held.compute_dtype else None
+    decoder = Decoder(
+        shape,
+        dtype=dtype,
+        device=device,
+        recompute=recompute,
+        quantize=None if section is None else section.held,
+        compute_dtype=products,
+    )
     try:
         load_weights(decoder, _loaded(mapping.unpadded(shape, base.tensors), progress))
     except ValueError as error:
@@ -137,10 +154,22 @@ def _decoder(plan: Plan, base: megatron.Checkpoint, device: torch.device, progre
 def _model(
     plan: Plan, base: megatron.Checkpoint, method: adapters.Method[Any], device: torch.device, progress: Progress
 ) -> adapters.Adapters:
-    """The base model with fresh adapters on the targets."""
-    decoder = _decoder(plan, base, device, progress)
+    """The base model, held as the method's section says, with fresh adapters on the targets."""
+    decoder = _decoder(plan, base, device, progress, method.section)
+    if told := _held(decoder):
+        progress.log(told)
     names = targets.chosen(method.section, decoder.config.num_layers)
     return adapters.attach(decoder, method, names, plan.rng.seed)
+
+
+def _held(decoder: Decoder) -> str:
+    """What a quantized base takes; '' for one that is not."""
+    weights = [weight for weight in decoder.weights().values() if isinstance(weight, QuantizedWeight)]
+    if not weights:
+        return ""
+    names = " and ".join(sorted({weight.code_name for weight in weights}))
+    bytes_, numel = sum(weight.nbytes for weight in weights), sum(weight.shape.numel() for weight in weights)
+    return f"base held in {names}: {bytes_ / 1e6:,.1f} MB, {bytes_ / numel / 2:.2f} of its bf16 size (embeddings apart)"
 
 
 def _start(plan: Plan, trained: adapters.Adapters, split: PackedSplit, here: World) -> None:
