@@ -77,9 +77,14 @@ def test_what_is_least_sensitive_gives_first():
 
 
 def test_the_warm_start_gives_sensitive_layers_more_of_both():
-    sensitivity = np.array([1.0, 0.0, 0.5, 0.0])
-    first = initial(space(budget=10**6), sensitivity, 8, np.random.RandomState(0))[0]
-    assert first == ((8, 16), (2, 4), (4, 8), (2, 4))
+    sensitivity = np.array([0.9, 0.0, 0.3, 0.2])
+    first, *rest = initial(space(budget=10**6), sensitivity, 8, np.random.RandomState(0))
+    assert first == ((8, 16), (2, 4), (4, 8), (4, 8))
+    assert len({first, *rest}) == 8
+    # And so does, on average, what is around it.
+    mean = np.mean(rest, axis=0)
+    assert (mean[0] > mean[2]).all()
+    assert (mean[2] > mean[1]).all()
 
 
 def test_nsga_finds_the_front_of_a_problem_whose_front_is_known():
@@ -94,11 +99,11 @@ def test_nsga_finds_the_front_of_a_problem_whose_front_is_known():
         return loss(one), of.bytes(one)
 
     random = np.random.RandomState(0)
-    found = evolve(of, objectives, initial(of, sensitivity, 40, random), 20, sensitivity, random)
-    assert len(asked) == len(set(asked)) <= 40 * 21 < len(known) / 7
+    found = evolve(of, objectives, initial(of, sensitivity, 40, random), 25, sensitivity, random)
+    assert len(asked) == len(set(asked)) <= 40 * 26 < len(known) / 6
     assert len(front) > 40
-    # All that survive are on the true front, and spread over it: they take most of the area that the front does.
-    assert sum(one in front for one in found) >= 0.9 * len(found)
+    # Most that survive are on the true front, and they are spread over it: they take the area that the front does.
+    assert sum(one in front for one in found) >= 0.8 * len(found)
     assert area([points[known.index(one)] for one in found], points) > 0.99 * area(points, points)
 
 

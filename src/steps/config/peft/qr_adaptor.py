@@ -174,8 +174,8 @@ class QRAdaptor(Peft):
             needed = math.ceil(100 * (self.budget_bits + 8 * (least - budget) / weights)) / 100
             yield Problem(
                 where="peft.budget_bits",
-                what=f"{self.budget_bits:g} bits are {budget / 1e6:,.2f} MB here, but the least of peft.bits and "
-                f"peft.ranks in every layer takes {least / 1e6:,.2f} MB",
+                what=f"{self.budget_bits:g} bits are {budget / 1e6:,.3f} MB here, but the least of peft.bits and "
+                f"peft.ranks in every layer takes {least / 1e6:,.3f} MB",
                 allowed=f"{needed:.2f} and more", hint="Raise the budget, or allow fewer bits or lower ranks.",
             )  # fmt: skip
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from steps.engine.adapters.base import Adapters
@@ -54,7 +54,7 @@ class Proxy:
             [(name, linear) for name, linear in decoder.linears().items() if name.split(".")[2] == str(layer)]
             for layer in range(decoder.config.num_layers)
         ]
-        self._wide: dict[str, Tensor] = {name: linear.weight.data for name, linear in decoder.linears().items()}
+        self._wide = {name: linear.weight for name, linear in decoder.linears().items()}
         self._few: dict[tuple[str, int], QuantizedWeight] = {}
         self._bits: list[int | None] = [None] * decoder.config.num_layers
 
@@ -110,14 +110,18 @@ class Proxy:
             return
         for name, linear in self._linears[layer]:
             if bits is None:
-                linear.weight.data = self._wide[name]
+                linear.weight = self._wide[name]
                 continue
-            linear.weight.data = self._quantized(name, bits).dequantize(linear.weight.dtype)
+            # Wide for as long as it serves: it is used in each step, and there was room for it when it was loaded.
+            weight = self._quantized(name, bits).dequantize(self.decoder.output_weight.dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
         self._bits[layer] = bits
 
     def _quantized(self, name: str, bits: int) -> QuantizedWeight:
         if (name, bits) not in self._few:
-            self._few[name, bits] = quantize(self._wide[name], self._held(bits))
+            weight = self._wide[name]
+            assert isinstance(weight, nn.Parameter), "the base that is searched on is not quantized"
+            self._few[name, bits] = quantize(weight, self._held(bits))
         return self._few[name, bits]
 
     def _forget(self) -> None:

@@ -11,6 +11,7 @@ device nor on whether bitsandbytes is installed; where it is, its kernels do the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -168,6 +169,12 @@ def quantize(weight: Tensor, spec: Spec, compute_dtype: torch.dtype | None = Non
     with weight.device:
         held = QuantizedWeight((rows, columns), spec, weight.dtype, compute_dtype)
     return held if weight.is_meta else held.copy_(weight)
+
+
+def as_held(held: Callable[[str], Spec | None], name: str, weight: Tensor) -> Tensor:
+    """The weight [out, in] of the linear called `name`, float32, as a decoder with `quantize=held` computes with it."""
+    spec = held(name)
+    return weight.float() if spec is None else quantize(weight, spec).dequantize(torch.float32)
 
 
 class _Product(torch.autograd.Function):

@@ -53,16 +53,20 @@ def survivors(configurations: Sequence[Configuration], values: Sequence[Point], 
 
 
 def initial(space: Space, sensitivity: Floats, size: int, random: np.random.RandomState) -> list[Configuration]:
-    """Stage 1's population: as sensitive as the layers are, and around it; at most `size`, all within the budget.
+    """Stage 1's population: the more sensitive a layer, the more of both; at most `size`, all within the budget.
 
-    The first is the warm start itself; the others lean to it, half of each wish being drawn at random.
+    The first is the warm start itself: least and most of the choices for the least and the most sensitive layer, the
+    others in between by their place in that order. The rest ranges from what all layers have the middle of to it, with
+    some chance in each wish: where few bits ruin a model, moderation has to be among the parents.
     """
-    warm = np.repeat(sensitivity[:, None], 2, axis=1)
+    place = np.argsort(np.argsort(sensitivity, kind="stable")) / max(len(sensitivity) - 1, 1)
+    warm = np.repeat(place[:, None], 2, axis=1)
     population = [space.leaning(warm, sensitivity)]
-    for _ in range(_ATTEMPTS * size):
+    for attempt in range(_ATTEMPTS * size):
         if len(population) >= size:
             break
-        other = space.leaning((warm + random.uniform(size=warm.shape)) / 2 + random.uniform(-0.5, 0.5), sensitivity)
+        lean = (attempt % size + 1) / size
+        other = space.leaning(0.5 + lean * (warm - 0.5) + random.uniform(-0.2, 0.2, size=warm.shape), sensitivity)
         if other not in population:
             population.append(other)
     return population[:size]

@@ -56,10 +56,7 @@ class Space:
         )
 
     def leaning(self, wanted: Floats, sensitivity: Floats) -> Configuration:
-        """The configuration nearest to `wanted` [layers, 2] in [0, 1], 0 the least choice and 1 the most; made to fit.
-
-        arXiv 2505.03802, stage 1: with the sensitivity itself as what is wanted, sensitive layers get more of both.
-        """
+        """The configuration nearest to `wanted` [layers, 2], 0 the least choice and 1 the most; made to fit."""
         nearest = tuple(
             (self.bits[layer][_nearest(self.bits[layer], b)], self.ranks[layer][_nearest(self.ranks[layer], r)])
             for layer, (b, r) in enumerate(np.clip(wanted, 0, 1).tolist())
