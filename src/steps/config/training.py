@@ -59,6 +59,9 @@ class Optimizer(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second moment decay")
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip_grad: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this (0: never)")
+    offload: bool = Field(
+        False, description="Keep Adam's moments in CPU memory and make the update there (no effect without a GPU)"
+    )
 
 
 class Scheduler(Section):

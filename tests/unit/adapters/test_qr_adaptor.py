@@ -60,7 +60,7 @@ def test_settings_that_cannot_work_are_told_before_anything_starts():
 
 def test_a_budget_that_nothing_fits_in_says_what_is_needed():
     (told,) = problems(bits=[8], budget_bits=4.0)
-    assert told.startswith("peft.budget_bits: 4 bits are 0.017 MB here, but the least of peft.bits and peft.ranks in ")
+    assert told.startswith("peft.budget_bits: 4 bits are 0.020 MB here, but the least of peft.bits and peft.ranks in ")
     needed = float(told.partition("Allowed: ")[2].split()[0])
     # Eight bits, less the two of the adapters' ranks between the least and the middle one.
     assert 4 < needed < 8

@@ -1,7 +1,7 @@
 """Configuration of convert/merge_lora."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,11 @@ class Config(StepConfig):
     base_megatron_path: str | None = Field(None, description="The base as checkpoint_megatron (or give base_hf_path)")
     base_hf_path: str | None = Field(None, description="The base as checkpoint_hf (or give base_megatron_path)")
     output_hf_path: str = Field(description="Where the merged checkpoint_hf goes")
+    merge_into: Literal["full", "dequantized"] = Field(
+        "full",
+        description="For an adapter trained on a quantized base: full merges into the original weights, dequantized "
+        "into those that were trained on",
+    )
     sample_prompt: str | None = Field(
         None, description="Ask the merged model this and show its answer; loads the whole model (default: do not)"
     )
@@ -44,6 +49,30 @@ class Config(StepConfig):
                     f"(fingerprints {adapter[:12]}… and {base[:12]}…)"
                 )
                 yield Problem(where=key, what=what, name="base_model_mismatch")
+        if section := inputs["lora_checkpoint"].facts.get("peft"):
+            yield from self.check_base(section.get("quantization"))
+
+    def check_base(self, quantization: object) -> Iterable[Problem]:
+        """merge_into against how the base was held in training; quantization: None for as it is."""
+        if self.merge_into == "dequantized" and quantization is None:
+            what = (
+                f"the adapter {self.lora_checkpoint} was trained on the base as it is: there is nothing to dequantize"
+            )
+            yield Problem(
+                where="merge_into", what=what, allowed="full", hint="Set merge_into=full.", name="base_not_quantized"
+            )
+
+    def told(self, code: str) -> str:
+        """What merging means for an adapter trained on a base held in `code`."""
+        if self.merge_into == "full":
+            return (
+                f"trained on a base held in {code}, merged into the original weights: a better base, but not the model "
+                "that was trained, from which it differs by the quantization error (merge_into=dequantized is that one)"
+            )
+        return (
+            f"trained on a base held in {code}, merged into what that dequantizes to: exactly the model that was "
+            "trained, quantization error included, stored in the base's dtype (merge_into=full has the better base)"
+        )
 
     def warnings(self, adapter: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Iterable[str]:
         """What is worth saying of an adapter (by its facts) before it is merged."""

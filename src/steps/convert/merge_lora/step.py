@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from steps import runtime
@@ -16,7 +17,10 @@ from steps.engine.checkpoint.merge import merge, open_adapter
 from steps.engine.data.tokenizer import Tokenizer
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.generate import greedy
+from steps.engine.model.quantization import as_held
+from steps.errors import ArtifactError
 from steps.runtime import Job
+from steps.shapes.targets import linear_names
 
 
 def run(job: Job[Config]) -> None:
@@ -33,6 +37,11 @@ def run(job: Job[Config]) -> None:
     tokenizer = tokenizer_of(base.path, log)
     for warning in config.warnings(facts, tokenizer_facts(tokenizer)):
         log(f"warning: {warning}")
+    codes = {spec.type for name in linear_names(base.config.num_layers) if (spec := method.section.held(name))}
+    if problems := list(config.check_base(codes or None)):
+        raise ArtifactError(problems)
+    if codes:
+        log(config.told(" and ".join(sorted(codes))))
     with job.produce("output_hf_path") as out:
         done = merge(
             base,
@@ -41,11 +50,14 @@ def run(job: Job[Config]) -> None:
             out.path,
             base_fingerprint=facts.get("base_fingerprint"),
             recorded_fingerprint=job.inputs[base_key].facts.get("base_fingerprint"),
+            held=partial(as_held, method.section.held) if config.merge_into == "dequantized" else None,
             progress=job.progress,
         )
         if tokenizer is not None:
             tokenizer.save(out.path)
-        out.facts.update(done.facts(), **tokenizer_facts(tokenizer), merged=dict(adapter.section))
+        out.facts.update(
+            done.facts(), **tokenizer_facts(tokenizer), merged=dict(adapter.section), merge_into=config.merge_into
+        )
     job.summary(**done.summary(), merged_linears=len(adapter.linears), output_hf_path=config.output_hf_path)
     if config.sample_prompt is not None and tokenizer is not None:
         answer = ask(Path(config.output_hf_path).expanduser(), tokenizer, config.sample_prompt, config.sample_tokens)

@@ -19,9 +19,12 @@ from steps.engine.checkpoint.hf import SHARD_BYTES, Source, write_directory
 from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
 from steps.engine.progress import SILENT, Progress
 from steps.errors import ArtifactError, Problem
+from steps.shapes.targets import linear_names
 
 #: (linear's full name, base weight [out, in] float32, its adapter's tensors, shared tensors) to the merged weight.
 Merge = Callable[[str, Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+#: (linear's full name, base weight [out, in]) to the weight that was trained on, float32.
+Held = Callable[[str, Tensor], Tensor]
 
 _BETWEEN = ".adapter."
 _SHARED = "adapter."
@@ -96,6 +99,7 @@ def merge(
     *,
     base_fingerprint: str | None,
     recorded_fingerprint: str | None = None,
+    held: Held | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> Converted:
@@ -104,24 +108,27 @@ def merge(
     merge_weight:     the adapter method's `merge`.
     base_fingerprint: that of the base the adapter was trained on; None when its record does not tell.
     recorded_fingerprint: what the base's own record states; None when it has none.
+    held:             what training on a quantized base saw of each linear's weight, adapted or not; None: as it is.
     Raises ArtifactError base_model_mismatch when an adapted linear does not exist in the base, or the adapter was
     trained on other weights; damaged_artifact when the base is not what its record says. What the weights are is
     certain only when all were read: publish only if this returns.
     """
     read, written = Fingerprint(), Fingerprint()
     parameters = mapping.to_megatron(base.config, read.watch(base.tensors), str(base.path))
+    dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
     weights = {f"{linear}.weight": linear for linear in adapter.linears}
     if unknown := [name for name in weights if name not in parameters]:
         what = f"the adapter is for {unknown[0].removesuffix('.weight')}, which the base at {base.path} does not have"
         raise _mismatch(what)
+    if held is not None:
+        for linear in linear_names(base.config.num_layers):
+            parameters[f"{linear}.weight"] = _held(parameters[f"{linear}.weight"], linear, held)
     shared = {name: tensor.load() for name, tensor in adapter.shared.items()}
-    merged = {
-        name: _merged(tensor, weights[name], adapter.linears[weights[name]], shared, merge_weight)
-        if name in weights
-        else tensor
-        for name, tensor in parameters.items()
-    }
-    tensors = written.watch(mapping.to_hf(base.config, merged))
+    for name, linear in weights.items():
+        parameters[name] = _merged(parameters[name], linear, adapter.linears[linear], shared, merge_weight)
+    tensors = written.watch(
+        mapping.to_hf(base.config, {name: stored.to(dtypes[name]) for name, stored in parameters.items()})
+    )
     write_directory(directory, tensors, base.files, shard_bytes=shard_bytes, progress=progress, label="merge")
     verify(read.digest(), recorded_fingerprint, base.path)
     if base_fingerprint is not None and read.digest() != base_fingerprint:
@@ -130,6 +137,10 @@ def merge(
             f"the weights at {base.path} have {read.digest()[:12]}…"
         )
     return converted(base.config, tensors, written.digest())
+
+
+def _held(weight: LazyTensor, linear: str, held: Held) -> LazyTensor:
+    return LazyTensor(weight.shape, torch.float32, lambda: held(linear, weight.load()))
 
 
 def _merged(
@@ -144,9 +155,9 @@ def _merged(
             if "memory" in str(error):
                 raise
             raise _mismatch(f"the adapter's tensors do not fit {linear} {list(weight.shape)}: {error}") from error
-        return result.to(weight.dtype)
+        return result
 
-    return LazyTensor(weight.shape, weight.dtype, load)
+    return LazyTensor(weight.shape, torch.float32, load)
 
 
 def _mismatch(what: str) -> ArtifactError:

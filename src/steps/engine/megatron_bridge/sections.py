@@ -35,6 +35,9 @@ def derive(sections: Mapping[str, Any], base: Path, findings: Findings) -> dict[
     if decay is not None:
         # The scheduler sets the optimizer's weight decay at each step, from these two.
         made["scheduler"] = {"start_weight_decay": decay, "end_weight_decay": decay, **(made.get("scheduler") or {})}
+    if isinstance(made.get("optimizer"), dict) and made["optimizer"].pop("offload", False):
+        made["optimizer"] = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, **made["optimizer"]}
+        findings.note("optimizer.offload is optimizer.optimizer_cpu_offload in Megatron-Bridge")
     train = made["train"] = made.get("train") or {}
     if train.get("eval_interval") == 0 and isinstance(train.get("train_iters"), int):
         # Zero divides there. Never within the run; the evaluation after the last step is always done.

@@ -63,7 +63,9 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         found, position = source(plan), Position()
         method, documents = _method(plan, base, found, train_split, here, progress)
         trained = _model(plan, base, method, here.device, progress)
-        optimizer = AdamW(trained, plan.optimizer)
+        optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
+        if plan.optimizer.offload and here.device.type == "cpu":
+            progress.log("optimizer.offload has no effect: on a CPU the optimizer's state is in its memory anyway")
         if found is not None:
             position = restore(found, plan, trained, optimizer)
         else:

@@ -50,10 +50,13 @@ def clip(gradients: Gradients, norm: float, limit: float) -> None:
 class AdamW:
     """torch.optim.AdamW with one group for each way the adapter method wants parameters treated."""
 
-    def __init__(self, adapters: Adapters, settings: Optimizer) -> None:
+    def __init__(self, adapters: Adapters, settings: Optimizer, *, offload: bool = False) -> None:
+        """offload: keep the state on the CPU and make the update there, on copies of parameters and gradients."""
         self._parameters = adapters.parameters()
+        self._updated = {name: _host_copy(value) if offload else value for name, value in self._parameters.items()}
+        self._moved = [(value, self._updated[name]) for name, value in self._parameters.items()] if offload else []
         groups: dict[Group, list[nn.Parameter]] = {}
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._updated.items():
             groups.setdefault(adapters.method.group(name, parameter), []).append(parameter)
         self._adamw = torch.optim.AdamW(
             [
@@ -69,19 +72,37 @@ class AdamW:
         """One update with learning rate `lr` (times each group's factor). Gradients stay in place."""
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        self._adamw.step()
+        with torch.no_grad():
+            for parameter, copy in self._moved:
+                assert parameter.grad is not None
+                assert copy.grad is not None
+                copy.copy_(parameter, non_blocking=True)
+                copy.grad.copy_(parameter.grad, non_blocking=True)
+            if self._moved and self._moved[0][0].is_cuda:
+                torch.cuda.current_stream().synchronize()  # the copies have arrived
+            self._adamw.step()
+            for parameter, copy in self._moved:
+                parameter.copy_(copy, non_blocking=True)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """By parameter name: step, exp_avg, exp_avg_sq. Empty before the first step."""
         states = self._adamw.state
-        return {name: dict(states[value]) for name, value in self._parameters.items() if value in states}
+        return {name: dict(states[value]) for name, value in self._updated.items() if value in states}
 
     def load(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what `state` returned. Raises ValueError when it belongs to other parameters."""
         if set(state) != set(self._parameters):
             raise ValueError("the optimizer state belongs to other parameters")
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._updated.items():
             mine = self._adamw.state[parameter]
             for key, value in state[name].items():
                 # AdamW keeps its step counter on the CPU.
                 mine[key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+
+
+def _host_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """Room on the CPU for a parameter and its gradient, pinned where they come from a GPU: copies do not wait then."""
+    pinned = parameter.is_cuda
+    copy = nn.Parameter(torch.empty_like(parameter, device="cpu", pin_memory=pinned))
+    copy.grad = torch.empty_like(copy, pin_memory=pinned)
+    return copy

@@ -39,13 +39,13 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """By dotted key, everything that a run may not change when it goes on from a checkpoint.
 
-        Not in it: train_iters (a run may go on longer), what only splits the same work differently (micro batches,
-        processes), and how often it is evaluated, logged and saved. The dtype it computes in may not change either, but
-        is known only where it runs: `mismatches` and `saving.restore` look at it.
+        Not in it: train_iters (a run may go on longer), what only splits or places the same work differently (micro
+        batches, processes, offload), and how often it is evaluated, logged and saved. The dtype it computes in may not
+        change either, but is known only where it runs: `mismatches` and `saving.restore` look at it.
         """
         sections: dict[str, dict[str, Any]] = {
             "peft": self.peft.model_dump(),
-            "optimizer": self.optimizer.model_dump(),
+            "optimizer": self.optimizer.model_dump(exclude={"offload"}),
             "scheduler": self.scheduler.model_dump(),
             "rng": self.rng.model_dump(),
             "train": self.train.model_dump(include={"global_batch_size"}),

@@ -89,9 +89,18 @@ class Config(StepConfig):
         yield from self.peft.check(train.train_iters)
         if self.chosen_engine == "torch":
             yield from self._check_torch()
-        elif self.chosen_engine == "megatron_bridge" and self.recipe.target is None:
+        elif self.chosen_engine == "megatron_bridge":
+            yield from self._check_bridge()
+
+    def _check_bridge(self) -> Iterator[Problem]:
+        if self.recipe.target is None:
             what = "is required by the engine megatron_bridge"
             yield Problem(where="recipe._target_", what=what, hint="Name a recipe function, or choose engine=torch.")
+        if self.peft.quantization is not None:
+            yield Problem(
+                where="peft.quantization", what="Megatron-Bridge trains on no quantized base", allowed="null",
+                hint="Set engine=torch, or peft.quantization=null.",
+            )  # fmt: skip
 
     def _check_torch(self) -> Iterator[Problem]:
         for name in _PARALLEL:
