@@ -44,9 +44,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "qr_adaptor": (
         {"ranks": [2, 4], "alpha": 6, "layer_bits": [8, 4], "layer_ranks": [2, 4], "block_size": 32},
         {
-            "ranks": [2, 4], "alpha": 6, "dropout": 0.2, "bits": [4, 8], "budget_bits": 6.0,
-            "calibration_rows": 2, "proxy_steps": 1, "population": 2, "generations": 1, "refinements": 1,
-        },  # fmt: skip
+            "ranks": [2, 4],
+            "alpha": 6,
+            "dropout": 0.2,
+            "bits": [4, 8],
+            "budget_bits": 6.0,
+            "calibration_rows": 2,
+            "proxy_steps": 1,
+            "population": 2,
+            "generations": 1,
+            "refinements": 1,
+        },
     ),
 }
 CASES = [{"type": name, **variant} for name, variants in VARIANTS.items() for variant in variants]

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from support.adapters import adapted, section, shake, train
 from support.packed import SHAPE, random_decoder, random_rows, write_base, write_packed
 
+from steps.artifacts.opening import Artifact
 from steps.artifacts.record import digest_files, read
 from steps.config.peft.qr_adaptor import QRAdaptor
+from steps.convert.merge_lora.schema import Config as MergeConfig
 from steps.engine.adapters import base
 from steps.engine.adapters.proxy import Proxy
 from steps.engine.adapters.qr_adaptor import QRAdaptorMethod
+from steps.engine.checkpoint import mapping
+from steps.engine.checkpoint.convert import megatron_source
+from steps.engine.checkpoint.hf import open_directory
 from steps.engine.checkpoint.megatron import Checkpoint
-from steps.engine.checkpoint.merge import open_adapter
+from steps.engine.checkpoint.merge import merge, open_adapter
 from steps.engine.data.batches import MicroBatch
-from steps.engine.model.decoder import Decoder
-from steps.engine.model.quantization import quantize
+from steps.engine.model.decoder import Decoder, load_weights
+from steps.engine.model.quantization import as_held, quantize
 from steps.engine.progress import SILENT
 from steps.engine.train.loop import batch_loss
 from steps.errors import ArtifactError
@@ -217,6 +223,35 @@ def test_going_on_elsewhere_does_not_search_again(root, tmp_path, monkeypatch):
         assert (second / name).read_text() == (first / name).read_text()
     with pytest.raises(ArtifactError, match="peft.ranks"):
         train(root, peft={**SEARCHED, "ranks": [2, 8]}, checkpoint={"save": str(tmp_path / "x"), "load": str(first)})
+
+
+@pytest.mark.parametrize("into", ["dequantized", "full"])
+def test_merging_into_what_was_trained_on_gives_the_model_that_was_trained(into, root, tmp_path):
+    train(root, peft=GIVEN, checkpoint={"save": str(tmp_path / "lora")})
+    adapter = open_adapter(tmp_path / "lora")
+    method = base.create(adapter.section, SHAPE)
+    held = partial(as_held, method.section.held) if into == "dequantized" else None
+    merge(megatron_source(root / "base"), adapter, method.merge, tmp_path / "out", base_fingerprint=None, held=held)
+    trained = adapted(GIVEN)
+    trained.load({name: tensor.load() for name, tensor in adapter.checkpoint.tensors.items()})
+    out = open_directory(tmp_path / "out")
+    merged = Decoder(out.config)
+    load_weights(merged, ((k, v.load()) for k, v in mapping.to_megatron(out.config, out.tensors).items()))
+    ids = torch.arange(40) % SHAPE.vocab_size
+    with torch.no_grad():
+        off = (merged(ids, [0, 40]) - trained.decoder.eval()(ids, [0, 40])).abs().max()
+    # float32, two ways of summing, logits of order 10; or what 2 bits do to a layer.
+    assert off < 3e-4 if into == "dequantized" else off > 0.1
+
+
+def test_whether_there_is_anything_to_dequantize_is_known_before_the_merge():
+    asked = MergeConfig(lora_checkpoint="x", base_hf_path="z", output_hf_path="y", merge_into="dequantized")
+    for case, refused in ((GIVEN, []), ({"type": "lora"}, ["base_not_quantized"])):
+        facts = {"peft": section(case).model_dump()}
+        adapter = Artifact("lora_checkpoint", "checkpoint_lora", "x", None, facts=facts)
+        base_model = Artifact("base_hf_path", "checkpoint_hf", "z", None)
+        found = asked.check_inputs({"lora_checkpoint": adapter, "base_hf_path": base_model})
+        assert [problem.name for problem in found] == refused
 
 
 def test_only_what_is_not_given_is_searched_for(root, tmp_path):

@@ -7,7 +7,9 @@ from pydantic import Field
 
 from steps.artifacts.opening import Artifact
 from steps.config.base import StepConfig
+from steps.config.peft import names, section_class
 from steps.errors import Problem
+from steps.shapes.targets import linear_names
 
 
 class Config(StepConfig):
@@ -49,8 +51,10 @@ class Config(StepConfig):
                     f"(fingerprints {adapter[:12]}… and {base[:12]}…)"
                 )
                 yield Problem(where=key, what=what, name="base_model_mismatch")
-        if section := inputs["lora_checkpoint"].facts.get("peft"):
-            yield from self.check_base(section.get("quantization"))
+        section = inputs["lora_checkpoint"].facts.get("peft") or {}
+        if section.get("type") in names():
+            typed = section_class(section["type"]).model_validate(section)
+            yield from self.check_base(typed.held(linear_names(1)[0]))
 
     def check_base(self, quantization: object) -> Iterable[Problem]:
         """merge_into against how the base was held in training; quantization: None for as it is."""

@@ -103,7 +103,7 @@ def _grid(x: _Axis, y: _Axis) -> list[str]:
 
 def _limit(at: float) -> list[str]:
     line = _line(at, _HEIGHT - _BOTTOM, at, _TOP, "#666666", 'stroke-dasharray="5 4"')
-    return [line, _text(at - 6, _TOP + 12, "budget", anchor="end", colour="#555555")]
+    return [line, _text(at, _TOP - 8, "budget", colour="#555555")]
 
 
 def _front(marks: Sequence[Mark], x: _Axis, y: _Axis) -> list[str]:

@@ -63,7 +63,7 @@ class Report:
         """The front, and the choice layer by layer, as tables."""
         outcome = self.outcome
         lines = [
-            "# Bits and ranks, as searched", "", f"{'. '.join(self.summary())}.", "",
+            "# Bits and ranks, as searched", "", *(f"- {line}" for line in self.summary()), "",
             "Loss is the mean over trained tokens of calibration rows after a few steps of tuning, in nats; memory is "
             "the quantized linears, their scales and the adapters.", "", "## Pareto front", "",
             "| | memory (MB) | loss (nats/token) | bits, mean | rank, mean | found by |",
