@@ -14,7 +14,7 @@ Where the paper leaves it open, or is dearer than a laptop can pay, here: the ro
 the tuning and half for the measuring. KL and loss are over trained tokens. One sensitivity stands for both bits and
 rank. The authors pre-select children by a learnt model, and their process knows the front alone; here every child is
 tuned for `proxy_steps`, and the process knows all that was tried. The budget is a hard limit, kept, as in the authors'
-code, by stepping down where sensitivity per byte is least. The choice is the least loss within the budget, the paper's
+code, by stepping down where it hurts least per byte. The choice is the least loss within the budget, the paper's
 statement of the problem (`loss_weight` 1; the authors' code weighs loss 0.6 against memory 0.4). The uniform base that
 the budget speaks of is tried too. Adapters of all ranks share one scale, alpha / max(ranks), and a smaller A is the
 head of a larger one, so that configurations differ in nothing but themselves. 2, 4 and 8 bits are nf2, nf4 and int8.

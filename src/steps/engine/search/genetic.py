@@ -66,7 +66,7 @@ def initial(space: Space, sensitivity: Floats, size: int, random: np.random.Rand
         if len(population) >= size:
             break
         lean = (attempt % size + 1) / size
-        other = space.leaning(0.5 + lean * (warm - 0.5) + random.uniform(-0.2, 0.2, size=warm.shape), sensitivity)
+        other = space.leaning(0.5 + lean * (warm - 0.5) + random.uniform(-0.15, 0.15, size=warm.shape), sensitivity)
         if other not in population:
             population.append(other)
     return population[:size]
