@@ -11,8 +11,12 @@ from support.models import change_tensor, save_hf, save_tokenizer
 from support.run_step import run_step
 
 from steps.artifacts.record import Record, digest_files
-from steps.engine.checkpoint import megatron
+from steps.config.peft.lora import LoRA
+from steps.engine.adapters import base as adapters
+from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import megatron_source
+from steps.engine.checkpoint.hf import open_directory
+from steps.engine.model.decoder import Decoder, load_weights
 from steps.shapes.run_config import run_config
 
 transformers = pytest.importorskip("transformers", reason="extra parity")
@@ -183,6 +187,88 @@ def test_an_adapter_as_megatron_bridge_records_it_is_merged(chain):
     assert merge(chain).returncode == 0
     names = [chain / folder / "model.safetensors" for folder in ("merged", "merged2")]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+QUANTIZED = {"type": "nf4", "double_quant": True, "block_size": 32, "compute_dtype": None}
+SECTION = {"type": "lora", "dim": RANK, "alpha": ALPHA, "quantization": QUANTIZED}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dequantized_is_the_model_that_was_trained(dtype, tmp_path):
+    """Every linear as bitsandbytes dequantizes it, adapted (in layers 0 and 2) or not; the logits of training."""
+    bnb = pytest.importorskip("bitsandbytes", reason="extra parity")
+    save_hf(tmp_path / "source", "qwen2", dtype=dtype)
+    convert(tmp_path, "source", "base")
+    tensors = save_adapter(tmp_path / "lora", tmp_path / "base", section=SECTION, peft=SECTION)
+    done = merge(tmp_path, merge_into="dequantized")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "trained on a base held in nf4, merged into what that dequantizes to: exactly the model that was trained"
+        in (done.stdout)
+    )
+    assert facts(tmp_path / "merged")["merge_into"] == "dequantized"
+
+    merged, base = (megatron_tensors(tmp_path / name) for name in ("merged", "source"))
+    for name, weight in base.items():
+        linear = name.removesuffix(".weight")
+        expected = weight
+        if linear.rpartition(".")[2] in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+            packed, state = bnb.functional.quantize_4bit(
+                weight.float(), blocksize=32, quant_type="nf4", compress_statistics=True
+            )
+            expected = bnb.functional.dequantize_4bit(packed, state)
+            if f"{linear}.adapter.linear_in.weight" in tensors:
+                a, b = (tensors[f"{linear}.adapter.{factor}.weight"] for factor in ("linear_in", "linear_out"))
+                expected = expected + (b @ a) * (ALPHA / RANK)
+        assert torch.equal(merged[name], expected.to(dtype)), name
+
+    ids = torch.arange(4, 44)
+    section = LoRA.model_validate(SECTION)
+    source = megatron_source(tmp_path / "base")
+    decoder = Decoder(source.config, dtype=torch.float32, quantize=section.held)
+    load_weights(decoder, megatron_tensors(tmp_path / "source").items())
+    method = adapters.create(section, source.config)
+    trained = adapters.attach(decoder, method, [name.rpartition(".adapter")[0] for name in list(tensors)[::2]], seed=0)
+    trained.load(tensors)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        got, expected = decoder(ids, [0, len(ids)]), model(ids[None]).logits[0]
+    # float32 sums in another order; bfloat16: what is stored is rounded, what was trained is not.
+    allowed = 1e-4 if dtype == torch.float32 else 2e-2
+    assert (got - expected).norm() < allowed * expected.norm()
+
+
+def megatron_tensors(path):
+    source = open_directory(path)
+    return {name: value.load() for name, value in mapping.to_megatron(source.config, source.tensors).items()}
+
+
+def test_full_is_the_base_as_it_was_with_the_update(chain):
+    save_adapter(chain / "qlora", chain / "base", section=SECTION, peft=SECTION)
+    done = merge(chain, lora_checkpoint="qlora")
+    assert done.returncode == 0, done.stderr
+    assert "merged into the original weights: a better base, but not the model that was trained" in done.stdout
+    assert facts(chain / "merged")["merge_into"] == "full"
+    done = merge(chain, output_hf_path="merged2")  # the same factors, trained on the base as it is
+    assert done.returncode == 0, done.stderr
+    assert "trained on a base held" not in done.stdout
+    assert facts(chain / "merged2")["merge_into"] == "full"
+    names = [chain / folder / "model.safetensors" for folder in ("merged", "merged2")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["record tells", "checkpoint tells"])
+def test_dequantized_is_refused_for_an_adapter_on_the_base_as_it_is(chain, told):
+    section = {"type": "lora", "dim": RANK, "alpha": ALPHA, "quantization": None}
+    save_adapter(chain / "plain", chain / "base", section=section, **({"peft": section} if told else {}))
+    done = merge(chain, lora_checkpoint="plain", merge_into="dequantized")
+    assert done.returncode == 4
+    assert (
+        "merge_into: the adapter plain was trained on the base as it is: there is nothing to dequantize" in done.stderr
+    )
+    assert "[base_not_quantized]" in done.stderr
+    assert not (chain / "merged").exists()
+    assert merge(chain, merge_into="half").returncode == 3
 
 
 def test_another_base_is_refused_before_the_start_where_both_records_tell(chain):

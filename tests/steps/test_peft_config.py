@@ -105,6 +105,13 @@ def test_default_is_the_documented_run():
         ({"peft": {"type": "lroa"}}, "peft.type: 'lroa' is not one of the choices"),
         ({"engine": "megatron"}, r"engine: 'megatron' is not one of the choices.*megatron_bridge"),
         ({"engine": "megatron_bridge"}, "recipe._target_: is required by the engine megatron_bridge"),
+        (
+            {"engine": "megatron_bridge", "peft": {"quantization": {"type": "nf4"}}},
+            "peft.quantization: Megatron-Bridge trains on no quantized base.*Set engine=torch, or peft.quantization=",
+        ),
+        ({"peft": {"quantization": {"type": "nf5"}}}, "peft.quantization.type: 'nf5' is not one of the choices"),
+        ({"peft": {"quantization": {"block_size": 48}}}, "peft.quantization.block_size: 48 is not one of the choices"),
+        ({"peft": {"quantization": {"blocksize": 64}}}, "peft.quantization.blocksize: unknown key"),
         ({"modle": {}}, "modle: unknown key"),
     ],
 )  # fmt: skip

@@ -82,6 +82,8 @@ class Validation:
 class Optimizer:
     lr: float | None = None
     weight_decay: float = 0.1
+    optimizer_cpu_offload: bool = False
+    optimizer_offload_fraction: float = 0.0
 
 
 @dataclasses.dataclass
@@ -354,6 +356,9 @@ def test_words_of_the_torch_engine(bridge: Callable[..., Any]) -> None:
     assert "train.precision gives way to mixed_precision" in log
     assert bridge(train={"precision": "bfloat16"}).mixed_precision == "bf16_mixed"
     assert "train.precision" in problems(lambda: bridge(train={"precision": "float32"}))
+    offloaded = bridge(optimizer={"offload": True}).optimizer
+    assert (offloaded.optimizer_cpu_offload, offloaded.optimizer_offload_fraction) == (True, 1.0)
+    assert not bridge(optimizer={"offload": False}).optimizer.optimizer_cpu_offload
 
 
 def test_it_resumes_from_our_place_and_never_from_the_recipe_s(bridge: Callable[..., Any], tmp_path: Path) -> None:

@@ -71,6 +71,34 @@ def test_the_loss_falls_and_the_record_tells_the_run(root):
     assert record.facts["base_fingerprint"] == "base"
 
 
+def test_a_quantized_base_is_told_of_and_recorded(root):
+    quantization = {"type": "nf4", "block_size": 32}
+    lines = train(root, peft={"quantization": quantization}).lines
+    # 4 bits a value, one byte for each 32 of them, and on so small a model 12 bytes a linear that count.
+    assert any(line.startswith("base held in nf4: 0.0 MB, 0.27 of its bf16 size") for line in lines), lines
+    facts = read(root / "lora").facts
+    assert facts["peft"]["quantization"] == {
+        "type": "nf4", "block_size": 32, "double_quant": True, "compute_dtype": None,
+    }  # fmt: skip
+    assert not [line for line in train(root, checkpoint={"save": str(root / "plain")}).lines if "held in" in line]
+
+
+def test_a_run_does_not_go_on_with_another_base(root):
+    train(root)
+    with pytest.raises(StepsError, match="peft.quantization"):
+        train(root, train={"train_iters": 14}, peft={"quantization": {"type": "nf4"}})
+
+
+def test_offload_does_nothing_on_a_cpu_and_says_so(root):
+    plain = train(root, checkpoint={"save": str(root / "plain")})
+    progress = train(root, optimizer={"offload": True})
+    assert any("optimizer.offload has no effect" in line for line in progress.lines)
+    assert not any("offload" in line for line in plain.lines)
+    assert progress.losses() == plain.losses()
+    # It decides where work is done, not which: the same run goes on without it.
+    assert len(train(root, train={"train_iters": 13}).losses()) == 1
+
+
 def test_reported_rows(root):
     row = next(row for row in train(root).rows if row["iteration"] == 2 and "loss" in row)
     assert set(row) == {

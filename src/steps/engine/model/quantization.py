@@ -4,16 +4,14 @@ A weight is cut, in row-major order, into blocks of `block_size` values; the las
 float32 scale, its largest magnitude, and each value is the index of the nearest entry of a code in [-1, 1] to value /
 scale. Double quantization writes the scales themselves in 8 bits, in blocks of 256 of them, around their mean.
 
-Codes, packed bytes and values have the bits that bitsandbytes 0.50 gives them on a CPU. They depend neither on the
-device nor on whether bitsandbytes is installed; where it is, its kernels do the same faster.
+Codes, packed bytes and values have the bits that bitsandbytes 0.50 gives them on a CPU, wherever they lie and whether
+or not it is installed; where it is, its kernels do the same faster.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -21,13 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from steps.engine.model import quantization_kernels as kernels
+from steps.engine.model.quantization_codes import CODES, dynamic_map, dynamic_points, nearest, table
 
 #: Scales that share one scale of their own.
 SCALES_BLOCK = 256
 # Values quantized at once, a multiple of every block size: few enough for the cache, and for the memory beside a model.
 _PIECE = 64 * 4096
-# Equal parts of [-1, 1], so many that no two bounds between neighbours of a code lie in the same one.
-_CELLS = 4096
 
 
 class Spec(Protocol):
@@ -39,33 +36,6 @@ class Spec(Protocol):
     def block_size(self) -> int: ...
     @property
     def double_quant(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Code:
-    """What `bits` bits stand for: values[index], ascending, in [-1, 1]. bits divides 8."""
-
-    bits: int
-    values: tuple[float, ...]
-
-
-#: NormalFloat: the positive and the negative quantiles of N(0, 1) that hold equally many values, apart, and an exact
-#: zero; k bits have 2^(k-1) positive and 2^(k-1) - 1 negative ones. nf4 is the table of the paper's appendix E.
-CODES = {
-    "nf2": Code(2, (-1.0, 0.0, 0.4358394742012024, 1.0)),
-    "nf4": Code(
-        4,
-        (
-            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-        ),
-    ),
-    "int8": Code(8, tuple(step / 127 for step in range(-127, 128))),
-}  # fmt: skip
-#: The code of each bit width.
-TYPES = {code.bits: name for name, code in CODES.items()}
 
 
 class QuantizedWeight(nn.Module):
@@ -138,7 +108,7 @@ class QuantizedWeight(nn.Module):
         if not self.double_quant:
             return self.scales
         blocks = len(self.scales)
-        inner = torch.index_select(_dynamic_map(self.scales.device), 0, self.scales.int())
+        inner = torch.index_select(dynamic_map(self.scales.device), 0, self.scales.int())
         inner *= self.scales_absmax.repeat_interleave(SCALES_BLOCK)[:blocks]
         return inner.add_(self.scales_offset)
 
@@ -153,8 +123,8 @@ class QuantizedWeight(nn.Module):
         """The same in torch alone, float32. absmax: what `absmax()` says."""
         numel = self.shape.numel()
         # All values of a byte are gathered as one element, 4 to 16 bytes wide.
-        table = _table(self.code_name, self.packed.device)
-        values = torch.index_select(table, 0, self.packed.int()).view(torch.float32)[:numel]
+        gathered = torch.index_select(table(self.code_name, self.packed.device), 0, self.packed.int())
+        values = gathered.view(torch.float32)[:numel]
         full = numel // self.block_size * self.block_size
         blocks = values[:full].view(-1, self.block_size)
         blocks *= absmax[: len(blocks), None]
@@ -213,28 +183,7 @@ def _quantized(values: Tensor, code_name: str, block_size: int) -> tuple[Tensor,
             scaled.append(normed.clamp_(-1, 1).view(-1))
     if short := -len(values) % (8 // CODES[code_name].bits):
         scaled.append(values.new_zeros(short))
-    return _nearest(torch.cat(scaled), code_name), torch.cat(scales)
-
-
-def _nearest(values: Tensor, code_name: str) -> Tensor:
-    """Index (uint8) of the nearest entry of a code; in the middle between two the lower. values: [n], in [-1, 1].
-
-    What torch.bucketize over the bounds between neighbours gives, in a tenth of its time: the cell of a value says how
-    many bounds lie in cells before it, and which one may lie in its own.
-    """
-    before, bound = _cells(code_name, values.device)
-    cell = values.add(1).mul_(_CELLS / 2).int()
-    return torch.index_select(before, 0, cell).add_(values > torch.index_select(bound, 0, cell))
-
-
-@cache
-def _cells(code_name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    bounds = _midpoints(torch.tensor(CODES[code_name].values))
-    cell = bounds.add(1).mul_(_CELLS / 2).int()  # the very rounding that values get
-    assert len(set(cell.tolist())) == len(cell)
-    before = torch.searchsorted(cell, torch.arange(_CELLS + 1, dtype=torch.int32)).to(torch.uint8)
-    bound = torch.full((_CELLS + 1,), 2.0).index_copy_(0, cell.long(), bounds)
-    return before.to(device), bound.to(device)
+    return nearest(torch.cat(scaled), code_name), torch.cat(scales)
 
 
 def _packed(index: Tensor, bits: int) -> Tensor:
@@ -254,41 +203,5 @@ def _quantized_scales(values: Tensor) -> tuple[Tensor, Tensor]:
     scaled = (padded * (1 / absmax)[:, None]).clamp(-1, 1).nan_to_num(nan=-1.0)
     # bitsandbytes does not search the map but looks up the entry nearest to the nearest of 2^16 points in [-1, 1].
     point = ((scaled + 1) * 0.5 * 65535 + 0.5).int()
-    index = torch.index_select(_dynamic_points().to(values.device), 0, point.view(-1))
+    index = torch.index_select(dynamic_points().to(values.device), 0, point.view(-1))
     return index[: len(values)], absmax
-
-
-def _midpoints(values: Tensor) -> Tensor:
-    return (values[:-1] + values[1:]) / 2
-
-
-@cache
-def _dynamic_map(device: torch.device) -> Tensor:
-    """The 256 values of the signed 8-bit dynamic data type (arXiv 1511.04561, arXiv 2110.02861 section 2.1).
-
-    For each of seven exponents the middles of 2^i equal parts of [0.1, 1], with both signs; zero and one.
-    """
-    positive: list[float] = []
-    for exponent in range(7):
-        bounds = torch.linspace(0.1, 1, 2**exponent + 1)
-        positive += (10.0 ** (exponent - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
-    return torch.tensor(sorted([*positive, *(-value for value in positive), 0.0, 1.0]), device=device)
-
-
-@cache
-def _dynamic_points() -> Tensor:
-    """The entry of the dynamic map nearest to each of 2^16 equidistant points in [-1, 1], uint8."""
-    points = torch.arange(65536).double().div(65535).mul(2).sub(1).float()
-    return torch.bucketize(points, _midpoints(_dynamic_map(torch.device("cpu")))).to(torch.uint8)
-
-
-@cache
-def _table(code_name: str, device: torch.device) -> Tensor:
-    """What each byte stands for: [256], an element being the bytes of 8 / bits float32 values."""
-    code = CODES[code_name]
-    values = torch.tensor(code.values + (0.0,) * (2**code.bits - len(code.values)), device=device)
-    byte = torch.arange(256, device=device)
-    shifts = range(8 - code.bits, -1, -code.bits)
-    wide = torch.stack([values[byte >> shift & 2**code.bits - 1] for shift in shifts], dim=1)
-    element = {1: torch.float32, 2: torch.int64, 4: torch.complex128}[len(shifts)]
-    return wide.view(element).view(-1)

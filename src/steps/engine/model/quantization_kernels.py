@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steps.engine.model.quantization_codes import CODES
+
 if TYPE_CHECKING:
     from steps.engine.model.quantization import QuantizedWeight
 
@@ -40,7 +42,7 @@ def _call(weight: QuantizedWeight, absmax: Tensor, dtype: torch.dtype) -> Tensor
 @cache
 def serves(device_type: str) -> bool:
     """Whether bitsandbytes is here and its kernel for this kind of device has our bits, asked by trying it once."""
-    from steps.engine.model.quantization import CODES, QuantizedWeight
+    from steps.engine.model.quantization import QuantizedWeight
 
     # It warns, at its import, of kernels that nobody asks for here.
     logger = logging.getLogger("bitsandbytes")
