@@ -36,7 +36,7 @@ GIVEN = {
 }  # fmt: skip
 SEARCHED = {
     "type": "qr_adaptor", "ranks": [2, 4], "alpha": 6, "bits": [2, 4, 8], "block_size": 32, "calibration_rows": 4,
-    "proxy_steps": 1, "population": 4, "generations": 1, "refinements": 2,
+    "proxy_steps": 1, "population": 4, "generations": 1, "refinements": 2, "dropout": 0.1,
 }  # fmt: skip
 
 

@@ -83,6 +83,7 @@ class Proxy:
         for layer, (bits, _) in enumerate(configuration):
             self._hold(layer, bits)
         adapters = self._attach(configuration)
+        self.decoder.eval()  # new adapters would drop out, and two configurations differ by chance
         try:
             self._tune(adapters)
             with torch.no_grad():
