@@ -50,6 +50,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"dim": 4, "num_vectors": 300, "vector_length": 8, "topk": 3, "dropout": 0.2},
     ),
     "waveft": ({"n_frequency": 60, "scaling": 5.0, "random_loc_seed": 3},),
+    "qr_adaptor": (
+        {"ranks": [2, 4], "alpha": 6, "layer_bits": [8, 4], "layer_ranks": [2, 4], "block_size": 32},
+        {
+            "ranks": [2, 4],
+            "alpha": 6,
+            "dropout": 0.2,
+            "bits": [4, 8],
+            "budget_bits": 6.0,
+            "calibration_rows": 2,
+            "proxy_steps": 1,
+            "population": 2,
+            "generations": 1,
+            "refinements": 1,
+        },
+    ),
 }
 CASES = [{"type": name, **variant} for name, variants in VARIANTS.items() for variant in variants]
 #: How far from the base a method starts, by its paper: not at all, unless it is here.

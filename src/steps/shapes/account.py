@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steps.config.peft import Peft
+from steps.config.peft import Layer, Peft
 from steps.errors import Problem, Setting
 from steps.shapes import memory, targets
 from steps.shapes.memory import Held
@@ -17,7 +17,10 @@ def misfits(section: Peft, model: ModelConfig) -> Iterator[Problem]:
     """What keeps an adapter from being put on a model: targets that mean nothing, a rank above the matrix, …"""
     names = targets.chosen(section, model.num_layers)
     kinds = {name.rpartition(".")[2]: targets.shape(model, name) for name in names}
-    for fault in (*targets.faults(section, model.num_layers), *section.misfits(kinds)):
+    found = [*targets.faults(section, model.num_layers), *section.misfits(kinds)]
+    if not found:
+        found += section.layer_misfits(layers(section, model))
+    for fault in found:
         yield Setting(**vars(fault))
 
 
@@ -125,3 +128,12 @@ def kinds(section: Peft, model: ModelConfig) -> Iterator[Kind]:
         yield Kind("output_layer", (model.vocab_size, hidden), 1, 0, table, 0)
     if shared := section.shared_trainable():
         yield Kind("shared", (), 1, 1, 0, shared)
+
+
+def layers(section: Peft, model: ModelConfig) -> list[Layer]:
+    """The linears of each layer, and what of them the section adapts."""
+    linears = [targets.shape(model, name) for name in targets.linear_names(1)]
+    adapted: list[list[tuple[int, int]]] = [[] for _ in range(model.num_layers)]
+    for name in targets.chosen(section, model.num_layers):
+        adapted[targets.layer(name)].append(targets.shape(model, name))
+    return [Layer(linears, shapes) for shapes in adapted]

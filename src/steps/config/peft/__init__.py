@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -28,6 +28,13 @@ class Quantization(Section):
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype that weights are dequantized to for the products (default: as train.precision says)"
     )
+
+
+class Layer(NamedTuple):
+    """One decoder layer's linears, each as (out, in): all of them, and those (or parts of them) that are adapted."""
+
+    linears: Sequence[tuple[int, int]]
+    adapted: Sequence[tuple[int, int]]
 
 
 class Peft(Section):
@@ -70,6 +77,11 @@ class Peft(Section):
         """The same in one layer, for methods that treat layers differently."""
         return self.trainable(out_features, in_features)
 
+    @property
+    def open(self) -> bool:
+        """Whether the method chooses some of its settings itself when a run starts (`Method.settle`)."""
+        return False
+
     def shared_trainable(self) -> int:
         """Parameters that belong to no single linear."""
         return 0
@@ -86,6 +98,10 @@ class Peft(Section):
 
     def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
         """What does not fit a model. shapes: (out, in) of each kind of target ("linear_qkv")."""
+        return iter(())
+
+    def layer_misfits(self, layers: Sequence[Layer]) -> Iterator[Problem]:
+        """What does not fit a model, of the settings that are about its layers."""
         return iter(())
 
     def check(self, train_iters: int) -> Iterator[Problem]:

@@ -12,8 +12,8 @@ ado, what is trained, saved as `<linear>.adapter.<tensor>` and loaded. From `fac
 Hugging Face PEFT; a method without a factor form writes `merge` itself. Everything else has a default: what all linears
 share (`shared`), a start that depends on data (`start`), learning rate and weight decay per parameter (`group`), a term
 of the loss (`penalty`), something to do after each optimizer step (`after_step`), what a checkpoint holds if that is
-not simply the module's state (`Adapter.saved`, `Adapter.memory`), and what the run reports at its end (`report`,
-`summary`).
+not simply the module's state (`Adapter.saved`, `Adapter.memory`), settings that the method finds out by itself before
+the base is built (`settle`), and what the run reports at its end (`report`, `summary`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from steps.engine.checkpoint.mapping import part_view
 from steps.engine.data.batches import MicroBatch
 from steps.engine.model.decoder import Decoder
 from steps.engine.model.layers import Linear
+from steps.engine.progress import Progress
 from steps.errors import ConfigError, Problem, suggest
 from steps.shapes.model_config import ModelConfig
 from steps.shapes.targets import home
@@ -121,12 +122,42 @@ class Group:
     wd_mult: float = 1.0
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a method may look at before it settles.
+
+    decoder:  loads the base anew: frozen, without adapters, not quantized, in the dtype and on the device of the run.
+    batches:  the first packed rows of the run, that many or all there are, one a batch, on the decoder's device.
+    loss:     the sum over a batch's trained tokens, a scalar.
+    seed:     of the run.
+    """
+
+    decoder: Callable[[], Decoder]
+    batches: Callable[[int], Sequence[MicroBatch]]
+    loss: Callable[[Decoder, MicroBatch], Tensor]
+    seed: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A section in which nothing is open any more, and how it came about.
+
+    documents: text by file name, to stand in the checkpoint beside the iterations. Names: `Method.documents`.
+    """
+
+    section: Peft
+    documents: Mapping[str, str]
+
+
 class Method(ABC, Generic[S]):
     """One adapter method with its settings, for one model shape. What is trained lives in the modules, not here."""
 
     type: ClassVar[str]
     #: Megatron-Bridge's class of the same method; '' where it has none. Its fields: `section.bridge_section()`.
     bridge_class: ClassVar[str] = ""
+    #: Files that `settle` writes about its work.
+    documents: ClassVar[Sequence[str]] = ()
 
     def __init__(self, section: S, model: ModelConfig) -> None:
         self.section, self.model = section, model
@@ -154,6 +185,14 @@ class Method(ABC, Generic[S]):
             rows = part_view(self.model, part, merged.T)  # [in, …], the part's outputs behind
             rows += factors.delta().T.reshape(rows.shape)
         return merged
+
+    def settle(self, calibration: Calibration) -> Settled:
+        """Choose what the section leaves open; asked where a fresh run begins and `section.open` says so.
+
+        The run trains with the section returned, and goes on with it, without asking again, after a resume. Called on
+        every process at once; what process 0 comes to holds for all.
+        """
+        raise NotImplementedError
 
     def shared(self, targets: Sequence[Target], generator: torch.Generator) -> nn.Module | None:
         """Trained tensors that belong to no single linear (a bank of vectors); saved as `adapter.<tensor>`.

@@ -10,10 +10,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,13 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, 0)
         return tensor
+
+    def same(self, value: T) -> T:
+        """What process 0 holds, on every process: anything that can be pickled."""
+        held = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(held, 0, device=self.device)
+        return held[0]
 
     def barrier(self) -> None:
         """Wait for every process."""

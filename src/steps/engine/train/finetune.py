@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from steps.artifacts.record import Record
+from steps.config.peft import Peft
 from steps.engine.adapters import base as adapters
 from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.lazy import LazyTensors
-from steps.engine.data.batches import Order, read
+from steps.engine.data.batches import MicroBatch, Order
 from steps.engine.data.shards import PackedSplit
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.quantization import QuantizedWeight
 from steps.engine.progress import Progress
 from steps.engine.train.distributed import World, world
-from steps.engine.train.loop import Trainer
+from steps.engine.train.loop import Trainer, batch_loss, read_known
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan
 from steps.engine.train.precision import compute_dtype
 from steps.engine.train.resume import too_far
-from steps.engine.train.saving import Position, Saver, finished, place, restore, source
+from steps.engine.train.saving import Position, Saver, finished, place, restore, settled_before, source
 from steps.errors import ArtifactError, ConfigError, Problem
 from steps.shapes import targets
 from steps.shapes.account import misfits
+from steps.shapes.model_config import ModelConfig
 from steps.shapes.run_config import model_config
 
 
@@ -58,17 +60,18 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         base = megatron.Checkpoint.open(plan.base_dir)
         train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
         _check_sizes(plan, here, len(train_split))
-        trained = _model(plan, base, here.device, progress)
+        found, position = source(plan), Position()
+        method, documents = _method(plan, base, found, train_split, here, progress)
+        trained = _model(plan, base, method, here.device, progress)
         optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
         if plan.optimizer.offload and here.device.type == "cpu":
             progress.log("optimizer.offload has no effect: on a CPU the optimizer's state is in its memory anyway")
-        found, position = source(plan), Position()
         if found is not None:
             position = restore(found, plan, trained, optimizer)
         else:
             _start(plan, trained, train_split, here)
         counts = _counts(trained)
-        saver = Saver(plan, base, record, counts)
+        saver = Saver(plan, base, record, counts, documents)
         _announce(plan, trained, counts["trainable_parameters"], position, found, progress)
 
         def save(position: Position) -> None:
@@ -91,26 +94,76 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         return Result(record.facts, trainer.tokens_per_second)
 
 
-def _model(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress: Progress) -> adapters.Adapters:
-    """The base model, frozen, with fresh adapters on the targets."""
-    shape = model_config(base.run_config, str(base.folder / megatron.RUN_CONFIG))
-    dtype = compute_dtype(plan.train.precision, shape.params_dtype, device)
+def _method(
+    plan: Plan,
+    base: megatron.Checkpoint,
+    found: megatron.Checkpoint | None,
+    split: PackedSplit,
+    here: World,
+    progress: Progress,
+) -> tuple[adapters.Method[Any], Mapping[str, str]]:
+    """The method with nothing left open (as asked, as `found` was trained, or as it settles now), and its documents."""
+    shape = _shape(base)
     if problems := list(misfits(plan.peft, shape)):
         raise ConfigError(problems)
+    method = adapters.create(plan.peft, shape)
+    if not plan.peft.open:
+        return method, {}
+    if found is not None:
+        settled = settled_before(found, plan, method)
+    else:
+        calibration = adapters.Calibration(
+            decoder=lambda: _decoder(plan, base, here.device, progress),
+            batches=lambda rows: _first(plan, split, rows, shape, here.device),
+            loss=batch_loss,
+            seed=plan.rng.seed,
+            progress=progress,
+        )
+        settled = here.same(method.settle(calibration))
+    return adapters.create(settled.section, shape), settled.documents
+
+
+def _shape(base: megatron.Checkpoint) -> ModelConfig:
+    return model_config(base.run_config, str(base.folder / megatron.RUN_CONFIG))
+
+
+def _decoder(
+    plan: Plan,
+    base: megatron.Checkpoint,
+    device: torch.device,
+    progress: Progress,
+    section: Peft | None = None,
+) -> Decoder:
+    """The base model, frozen; held as a section says, or as it is."""
+    shape = _shape(base)
+    dtype = compute_dtype(plan.train.precision, shape.params_dtype, device)
     recompute = plan.train.recompute_granularity == "full"
-    held = plan.peft.quantization
+    held = None if section is None else section.quantization
     products = getattr(torch, held.compute_dtype) if held is not None and held.compute_dtype else None
     decoder = Decoder(
-        shape, dtype=dtype, device=device, recompute=recompute, quantize=plan.peft.held, compute_dtype=products
+        shape,
+        dtype=dtype,
+        device=device,
+        recompute=recompute,
+        quantize=None if section is None else section.held,
+        compute_dtype=products,
     )
     try:
         load_weights(decoder, _loaded(mapping.unpadded(shape, base.tensors), progress))
     except ValueError as error:
         raise ArtifactError(Problem(where="checkpoint.pretrained_checkpoint", what=str(error))) from error
+    return decoder
+
+
+def _model(
+    plan: Plan, base: megatron.Checkpoint, method: adapters.Method[Any], device: torch.device, progress: Progress
+) -> adapters.Adapters:
+    """The base model, held as the method's section says, with fresh adapters on the targets."""
+    decoder = _decoder(plan, base, device, progress, method.section)
     if told := _held(decoder):
         progress.log(told)
-    method = adapters.create(plan.peft, shape)
-    return adapters.attach(decoder, method, targets.chosen(plan.peft, shape.num_layers), plan.rng.seed)
+    names = targets.chosen(method.section, decoder.config.num_layers)
+    return adapters.attach(decoder, method, names, plan.rng.seed)
 
 
 def _held(decoder: Decoder) -> str:
@@ -125,13 +178,18 @@ def _held(decoder: Decoder) -> str:
 
 def _start(plan: Plan, trained: adapters.Adapters, split: PackedSplit, here: World) -> None:
     """The start of a fresh run: what the method wants to see of the data, and the same adapters on every process."""
-    order = Order(len(split), plan.rng.seed)
-    rows = range(min(trained.method.calibration_rows, len(split)))
-    trained.method.start(trained, [read(split, [order[row]]).to(here.device) for row in rows])
+    rows = trained.method.calibration_rows
+    trained.method.start(trained, _first(plan, split, rows, trained.decoder.config, here.device))
     # Where the tensors live, not `trained.tensors()`: what stands for them in a checkpoint may be made on the spot.
     for module in (trained.shared, *trained.modules.values()):
         for tensor in () if module is None else module.state_dict().values():
             here.broadcast(tensor)
+
+
+def _first(plan: Plan, split: PackedSplit, rows: int, shape: ModelConfig, device: torch.device) -> list[MicroBatch]:
+    """The first rows that the run trains on, one a batch."""
+    order = Order(len(split), plan.rng.seed)
+    return [read_known(split, [order[row]], shape.vocab_size).to(device) for row in range(min(rows, len(split)))]
 
 
 def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from steps.engine.adapters.base import Adapters
 from steps.engine.data.batches import MicroBatch, Order, read, shares
 from steps.engine.data.shards import PackedSplit
+from steps.engine.model.decoder import Decoder
 from steps.engine.progress import Progress
 from steps.engine.train.distributed import World
 from steps.engine.train.loss import cross_entropy_sum
@@ -83,7 +84,7 @@ class Trainer:
             # Dropout is a function of the data position, so that neither resuming nor more processes change it.
             torch.manual_seed(_seed(plan.rng.seed, share.start))
             batch = self._read(self.train_split, [self._order[sample] for sample in share])
-            loss = self._loss(batch)
+            loss = batch_loss(self.adapters.decoder, batch)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             sums += torch.tensor([loss.item(), len(batch.targets), len(batch.input_ids)], dtype=torch.float64)
@@ -131,7 +132,9 @@ class Trainer:
         with torch.no_grad():
             for share in shares(range(rows), train.micro_batch_size, self.world.rank, self.world.size):
                 batch = self._read(self.valid_split, share)
-                sums += torch.tensor([self._loss(batch).item(), len(batch.targets)], dtype=torch.float64)
+                sums += torch.tensor(
+                    [batch_loss(self.adapters.decoder, batch).item(), len(batch.targets)], dtype=torch.float64
+                )
         loss_sum, trained = self._total(sums)
         return loss_sum / trained if trained else None
 
@@ -143,26 +146,30 @@ class Trainer:
             self.progress.metrics({"iteration": position.iteration, "valid_loss": loss})
             self.progress.log(f"iteration {position.iteration}: valid loss {loss:.4f}")
 
-    def _loss(self, batch: MicroBatch) -> Tensor:
-        """Sum of the loss over the micro-batch's trained tokens."""
-        decoder = self.adapters.decoder
-        hidden = decoder.hidden_states(batch.input_ids, batch.cu_seqlens)
-        return cross_entropy_sum(hidden[batch.trained], decoder.output_weight, batch.targets)
-
     def _read(self, split: PackedSplit, rows: Iterable[int]) -> MicroBatch:
-        batch = read(split, list(rows))
-        vocabulary = self.adapters.decoder.config.vocab_size
-        if int(batch.input_ids.max()) >= vocabulary or int(batch.input_ids.min()) < 0:
-            raise StepFailed(
-                f"the data hold token {int(batch.input_ids.max())}, but the base model knows {vocabulary} tokens",
-                hint="Pack the data with the tokenizer of the base model.",
-                name="tokenizer_mismatch",
-            )
-        return batch.to(self.world.device)
+        return read_known(split, list(rows), self.adapters.decoder.config.vocab_size).to(self.world.device)
 
     def _total(self, sums: Tensor) -> list[float]:
         total: list[float] = self.world.sum(sums.to(self.world.device)).tolist()
         return total
+
+
+def read_known(split: PackedSplit, rows: Sequence[int], vocab_size: int) -> MicroBatch:
+    """The micro-batch of these rows. Raises StepFailed tokenizer_mismatch for a token that the base does not know."""
+    batch = read(split, rows)
+    if int(batch.input_ids.max()) >= vocab_size or int(batch.input_ids.min()) < 0:
+        raise StepFailed(
+            f"the data hold token {int(batch.input_ids.max())}, but the base model knows {vocab_size} tokens",
+            hint="Pack the data with the tokenizer of the base model.",
+            name="tokenizer_mismatch",
+        )
+    return batch
+
+
+def batch_loss(decoder: Decoder, batch: MicroBatch) -> Tensor:
+    """Sum of the loss over the micro-batch's trained tokens, a scalar."""
+    hidden = decoder.hidden_states(batch.input_ids, batch.cu_seqlens)
+    return cross_entropy_sum(hidden[batch.trained], decoder.output_weight, batch.targets)
 
 
 def _seed(seed: int, sample: int) -> int:

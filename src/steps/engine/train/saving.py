@@ -15,7 +15,7 @@ from typing import Any
 from steps.artifacts import record as records
 from steps.artifacts.checkpoint import iterations
 from steps.artifacts.record import Record
-from steps.engine.adapters.base import Adapters
+from steps.engine.adapters.base import Adapters, Method, Settled
 from steps.engine.checkpoint import megatron
 from steps.engine.checkpoint.adapter_config import adapter_run_config
 from steps.engine.train.optim import AdamW
@@ -84,6 +84,19 @@ def source(plan: Plan) -> megatron.Checkpoint | None:
     return None if found is None else megatron.Checkpoint.open(found.folder)
 
 
+def settled_before(checkpoint: megatron.Checkpoint, plan: Plan, method: Method[Any]) -> Settled:
+    """What the method of a run settled on when the run began, as its checkpoint says; method: with it still open.
+
+    Raises ArtifactError when the checkpoint belongs to another run.
+    """
+    where = checkpoint.folder.parent
+    if problems := list(differences(plan.identity(), checkpoint.training_state()["identity"], str(where))):
+        raise ArtifactError(problems)
+    section = type(plan.peft).model_validate(checkpoint.run_config["adapter"])
+    files = (where / name for name in method.documents)
+    return Settled(section, {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()})
+
+
 def restore(checkpoint: megatron.Checkpoint, plan: Plan, adapters: Adapters, optimizer: AdamW) -> Position:
     """Fill adapters and optimizer from a checkpoint. Raises ArtifactError when it belongs to another run."""
     state = checkpoint.training_state()
@@ -108,6 +121,7 @@ class Saver:
 
     base:   the checkpoint whose run_config.yaml describes the model.
     counts: parameters and trainable_parameters, for the record.
+    documents: what the method wrote when it settled, by file name.
     rollback: what `Plan.rollback` says, once checkpoint.save has been brought there.
     """
 
@@ -115,6 +129,7 @@ class Saver:
     base: megatron.Checkpoint
     record: Record
     counts: Mapping[str, int]
+    documents: Mapping[str, str] = field(default_factory=dict)
     rollback: Mapping[str, Any] | None = None
 
     def go_back(self, position: Position, adapters: Adapters, optimizer: AdamW) -> None:
@@ -161,6 +176,8 @@ class Saver:
             },
         )
         if fresh:
+            for name, text in self.documents.items():
+                records.write_text(directory / name, text)
             self.record.write(directory)
             if home.exists():
                 home.rmdir()
@@ -179,7 +196,7 @@ class Saver:
         self.record.write(home)
 
     def _facts(self, position: Position, adapters: Adapters, *, finished: bool) -> dict[str, Any]:
-        section = self.plan.peft.model_dump()
+        section = adapters.method.section.model_dump()
         main = {name: value for name, value in section.items() if name in _MAIN}
         facts = {name: value for name, value in self.plan.facts.items() if name != "data_digest"}
         return {
