@@ -55,12 +55,13 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 def scatter(marks: Sequence[Mark], chosen: int, limit: float, *, title: str, x_label: str, y_label: str) -> str:
     """The marks, a step line through those on the front, a line at x = limit, and a ring around the chosen one.
 
-    The y axis reaches over the front and nine tenths of the marks; those above stand at its upper end, hollow.
+    The y axis reaches over the front and the uniform mark, and as far again, if there is something to see; few bits may
+    ruin a model, and what lies far above stands at the axis' upper end, hollow.
     """
     x = _axis([mark.x for mark in marks] + [limit], _LEFT, _WIDTH - _RIGHT)
-    reach = sorted(mark.y for mark in marks)[math.ceil(0.9 * len(marks)) - 1]
-    visible = [mark.y for index, mark in enumerate(marks) if mark.on_front or index == chosen or mark.y <= reach]
-    y = _axis(visible, _HEIGHT - _BOTTOM, _TOP)
+    telling = [mark.y for mark in marks if mark.on_front or mark.kind == "uniform"]
+    reach = 2 * max(telling) - min(telling)
+    y = _axis([mark.y for mark in marks if mark.y <= reach], _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
         f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
@@ -77,6 +78,8 @@ def scatter(marks: Sequence[Mark], chosen: int, limit: float, *, title: str, x_l
         above = mark.y > y.high
         colour, shape = STYLES[mark.kind]
         parts.append(_shape(shape, x.at(mark.x), y.end if above else y.at(mark.y), colour, hollow=above))
+    if any(mark.y > y.high for mark in marks):
+        parts.append(_text(_LEFT, _TOP - 8, "hollow: above this range", anchor="start", colour="#555555"))
     best = marks[chosen]
     parts.append(_ring(x.at(best.x), y.at(best.y)))
     return "\n".join([*parts, *_legend(marks), "</svg>"]) + "\n"
