@@ -344,3 +344,32 @@ def test_checking_imports_no_torch():
         "list(c.launch_here()); sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pyarrow')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_who_chooses_a_method_on_top_of_a_file_is_not_held_to_the_other_methods_settings():
+    data = shipped("tiny")
+    data["peft"] = {"type": "waveft", "dim": 16, "alpha": 32, "n_frequency": 100}
+    sources = {
+        "peft.dim": "tiny.yaml:27", "peft.alpha": "tiny.yaml:28", "peft.type": "command line",
+        "peft.n_frequency": "command line",
+    }  # fmt: skip
+    adopted = Config.adopt(data, sources)
+    assert adopted.data["peft"] == {"type": "waveft", "n_frequency": 100}
+    assert adopted.notes == [
+        "peft.dim: waveft has no such setting; 16 (tiny.yaml:27) is left out",
+        "peft.alpha: waveft has no such setting; 32 (tiny.yaml:28) is left out",
+    ]
+    assert set(adopted.sources) == {"peft.type", "peft.n_frequency"}
+    assert validate(Config, adopted.data)[0].peft.type == "waveft"
+
+
+@pytest.mark.parametrize(
+    "order", [["peft.type", "peft.dim"], []], ids=["the setting is the stronger one", "nothing tells"]
+)
+def test_a_setting_given_for_the_wrong_method_stays_a_fault(order):
+    data = shipped("tiny")
+    data["peft"] = {"type": "waveft", "dim": 16, "dmi": 3}
+    adopted = Config.adopt(data, dict.fromkeys(order, "command line"))
+    assert not adopted.notes
+    with pytest.raises(ConfigError, match=r"peft.dim: is a setting of type .*\n?.*peft.dmi: unknown key"):
+        validate(Config, adopted.data)

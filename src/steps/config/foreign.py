@@ -5,12 +5,12 @@ the configuration: the stronger layer wins key by key, and one place that says t
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from steps.config.base import Adopted
+from steps.config.base import Adopted, Section
 from steps.config.peft import names
-from steps.config.validate import show, source_of
+from steps.config.validate import keys, show, source_of
 from steps.errors import Problem, suggest
 
 
@@ -66,6 +66,39 @@ def adopt(data: Mapping[str, Any], sources: Mapping[str, str], readings: Iterabl
                 place.pop(name, None)
             own = {name: source for name, source in own.items() if not _below(name, key)}
     return Adopted(made, own, written, unread, notes, problems)
+
+
+def outgrown(adopted: Adopted, key: str, section: type[Section]) -> Adopted:
+    """Without the settings of another kind that a weaker layer gave to a section of several kinds.
+
+    key: the section's ("peft"). Who chooses `peft.type=waveft` on top of a shipped file has not asked for that file's
+    `dim`; each such key is left out with a note. Beside the choice itself, or stronger, it stays and is a fault.
+    """
+    values, order = adopted.data.get(key), list(adopted.sources)
+    if not isinstance(values, Mapping) or values.get("type") not in section.kinds():
+        return adopted
+    mine, chosen = keys(section.variant(values)), _position(f"{key}.type", order)
+    gone = [
+        name
+        for name in values
+        if name not in mine
+        and _position(f"{key}.{name}", order) < chosen
+        and any(name in keys(other) for other in section.variants().values())
+    ]
+    if not gone:
+        return adopted
+    notes = [
+        f"{key}.{name}: {values['type']} has no such setting; {show(values[name], f'{key}.{name}')} "
+        f"({source_of(f'{key}.{name}', adopted.sources)}) is left out"
+        for name in gone
+    ]
+    kept = {name: value for name, value in values.items() if name not in gone}
+    sources = {
+        name: source
+        for name, source in adopted.sources.items()
+        if not any(_below(name, f"{key}.{other}") for other in gone)
+    }
+    return replace(adopted, data={**adopted.data, key: kept}, sources=sources, notes=[*adopted.notes, *notes])
 
 
 def _below(key: str, section: str) -> bool:

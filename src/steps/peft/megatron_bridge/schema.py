@@ -12,6 +12,7 @@ from steps.artifacts.opening import Artifact
 from steps.config import training
 from steps.config.base import Adopted, Section, StepConfig, of_its_kind, section
 from steps.config.peft import Peft
+from steps.config.validate import keys
 from steps.engine.train import resume
 from steps.engine.train.plan import Plan, mismatches
 from steps.errors import ArtifactError, Problem
@@ -52,13 +53,20 @@ class Config(StepConfig):
 
     @classmethod
     def adopt(cls, data: Mapping[str, Any], sources: Mapping[str, str]) -> Adopted:
-        """NeMo-RL's `policy` and Megatron-Bridge's `peft._target_` as our `peft` section."""
-        peft = data.get("peft")
-        if "policy" not in data and not (isinstance(peft, Mapping) and "_target_" in peft):
-            return Adopted(data, sources)
-        from steps.config import foreign, nemo_rl
+        """NeMo-RL's `policy` and Megatron-Bridge's `peft._target_` as our `peft` section, and none of another method's
+        settings where a stronger layer chose the method."""
+        adopted, peft = Adopted(data, sources), data.get("peft")
+        if "policy" in data or (isinstance(peft, Mapping) and "_target_" in peft):
+            from steps.config import foreign, nemo_rl
 
-        return foreign.adopt(data, sources, [foreign.bridge_target(data, sources), nemo_rl.read(data, sources)])
+            readings = [foreign.bridge_target(data, sources), nemo_rl.read(data, sources)]
+            adopted = foreign.adopt(data, sources, readings)
+        peft = adopted.data.get("peft")
+        if isinstance(peft, Mapping) and not peft.keys() <= keys(Peft.variant(peft)).keys():
+            from steps.config import foreign
+
+            adopted = foreign.outgrown(adopted, "peft", Peft)
+        return adopted
 
     @property
     def chosen_engine(self) -> str:
