@@ -70,7 +70,8 @@ class AdaLoRAAdapter(Adapter):
         self.register_buffer("kept", torch.ones(len(linear_in), dtype=torch.bool), persistent=False)
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
-        a = (self.singular_values[:, None] * self.linear_in.weight).to(x.dtype)
+        wide = torch.promote_types(self.linear_in.weight.dtype, x.dtype)  # merging rounds no product either
+        a = (self.singular_values[:, None].to(wide) * self.linear_in.weight.to(wide)).to(x.dtype)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         return low_rank(linear.project(x), dropped, a, self.linear_out.weight.to(x.dtype), self.scale)
 
