@@ -140,7 +140,7 @@ class AdaLoRAMethod(Method[AdaLoRA]):
             module.singular_values.masked_fill_(~module.kept, 0)
 
     def factors(self, name: str, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Mapping[str, Factors]:
-        """All dim triplets, those that were pruned too; `Factors.compact` drops them."""
+        """All dim triplets, those that were pruned too; the export drops them with `Factors.compact`."""
         a = tensors["linear_in.weight"].float() * tensors["singular_values"].float()[:, None]
         return {"": Factors(a, tensors["linear_out.weight"].float(), self.section.scale)}
 
