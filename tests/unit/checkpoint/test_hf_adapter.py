@@ -15,6 +15,7 @@ from steps.artifacts.checkpoint import damage_safetensors
 from steps.engine.adapters.base import create
 from steps.engine.checkpoint import hf_adapter
 from steps.engine.checkpoint.hf_adapter import Update, uniform
+from steps.engine.checkpoint.hf_to_lora import convert
 from steps.engine.checkpoint.lazy import lazy
 from steps.engine.checkpoint.lora_to_hf import export
 from steps.engine.checkpoint.merge import open_adapter
@@ -97,6 +98,15 @@ def test_pruned_triplets_do_not_raise_the_rank(tmp_path):
         if name.endswith(("linear_proj", "linear_fc2")):
             whole = adapters.method.factors(name, module.saved(), {})[""]
             torch.testing.assert_close(dense(found.updates[hf_name(name)]), dense(whole), rtol=1e-6, atol=1e-6)
+
+
+def test_float32_magnitudes_beside_bfloat16_factors_are_imported_to_the_bit(tmp_path):
+    adapters = trained(tmp_path, "llama", CASES["dora"]).adapters
+    exported = export(open_adapter(tmp_path / "lora"), adapters.method.factors, adapters.method.model, None)
+    mixed = {name: replace(one, a=one.a.bfloat16(), b=one.b.bfloat16()) for name, one in exported.updates.items()}
+    found = convert(replace(exported, updates=mixed), adapters.method.model, None, "mixed").tensors
+    for name, module in adapters.modules.items():
+        assert torch.equal(found[f"{name}.adapter.weight_magnitude"], module.weight_magnitude)
 
 
 def dtypes(adapter):
