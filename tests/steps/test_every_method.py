@@ -45,6 +45,8 @@ def test_it_is_loaded_by_peft_with_our_logits_or_says_that_it_has_no_such_form(c
     assert done.returncode == 0, done.stderr
     # The step compares the logits itself, by genuine peft on transformers' model, and publishes nothing that differs.
     assert f"loaded back by peft {peft.__version__}" in done.stdout
+    held = section(case).held("decoder.layers.0.mlp.linear_fc2")
+    assert ("warning: it was trained on a base in" in done.stdout) == (held is not None)
     written = json.loads((tmp_path / "hf" / "adapter_config.json").read_text())
     # vLLM looks at one rank and one alpha.
     assert not written["rank_pattern"]

@@ -370,6 +370,11 @@ def test_wrong_inputs_are_told(chain):
     assert done.returncode == 4
     assert "adapter's method 'lorax' is not known to this version of steps" in done.stderr
     assert "[unsupported_method]" in done.stderr
+    newer = {"type": "lora", "dim": RANK, "alpha": ALPHA, "dropout_position": "between"}
+    save_adapter(chain / "newer", chain / "base", section=newer, peft=newer)
+    done = merge(chain, lora_checkpoint="newer")
+    assert done.returncode == 4
+    assert "'between' is not known to this version of steps" in done.stderr
     (chain / "base" / "artifact.json").unlink()
     done = merge(chain, lora_checkpoint="base")
     assert done.returncode == 4

@@ -364,7 +364,9 @@ def test_who_chooses_a_method_on_top_of_a_file_is_not_held_to_the_other_methods_
 
 
 @pytest.mark.parametrize(
-    "order", [["peft.type", "peft.dim"], []], ids=["the setting is the stronger one", "nothing tells"]
+    "order",
+    [["peft.type", "peft.dim"], ["peft.dim", "peft.type"], []],
+    ids=["behind the choice", "before it, in the same layer", "nothing tells"],
 )
 def test_a_setting_given_for_the_wrong_method_stays_a_fault(order):
     data = shipped("tiny")

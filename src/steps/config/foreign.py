@@ -78,11 +78,13 @@ def outgrown(adopted: Adopted, key: str, section: type[Section]) -> Adopted:
     if not isinstance(values, Mapping) or values.get("type") not in section.kinds():
         return adopted
     mine, chosen = keys(section.variant(values)), _position(f"{key}.type", order)
+    where = _layer(source_of(f"{key}.type", adopted.sources))
     gone = [
         name
         for name in values
         if name not in mine
         and _position(f"{key}.{name}", order) < chosen
+        and _layer(source_of(f"{key}.{name}", adopted.sources)) != where  # one command line: in whatever order
         and any(name in keys(other) for other in section.variants().values())
     ]
     if not gone:

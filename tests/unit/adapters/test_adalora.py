@@ -123,6 +123,19 @@ def test_pruned_triplets_can_be_dropped_from_the_factors():
     assert all(kind in told for kind in ("linear_proj", "linear_fc1", "linear_fc2"))
 
 
+def test_bfloat16_parameters_compute_what_is_merged():
+    """The product of a value and its vector is rounded on neither way."""
+    adapters = adapted({"type": "adalora", "dim": 5, "target_r": 2, "lora_dtype": "bfloat16"})
+    shake(adapters)
+    for name, module in adapters.modules.items():
+        linear = adapters.decoder.linears()[name]
+        with torch.no_grad():
+            computed = module.eval()(torch.eye(linear.in_features), linear).T
+            merged = adapters.method.merge(name, linear.weight, module.saved(), {})
+        # Float32, two ways of summing; a product rounded to bfloat16 would be 1e-3 off.
+        torch.testing.assert_close(computed, merged, rtol=0, atol=1e-6)
+
+
 def test_once_the_ranks_are_final_gradients_change_nothing_any_more():
     adapters = adapted({"type": "adalora", "dim": 5, "target_r": 2, "tinit": 1, "tfinal": 4})
     generator = torch.Generator().manual_seed(1)

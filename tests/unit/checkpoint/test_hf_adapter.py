@@ -15,6 +15,8 @@ from steps.artifacts.checkpoint import damage_safetensors
 from steps.engine.adapters.base import create
 from steps.engine.checkpoint import hf_adapter
 from steps.engine.checkpoint.hf_adapter import Update, uniform
+from steps.engine.checkpoint.hf_to_lora import convert
+from steps.engine.checkpoint.lazy import lazy
 from steps.engine.checkpoint.lora_to_hf import export
 from steps.engine.checkpoint.merge import open_adapter
 from steps.errors import ArtifactError
@@ -79,6 +81,32 @@ def test_a_method_of_many_ranks_is_exported_as_plain_lora_of_one(tmp_path):
         tensors = {key: tensor.load() for key, tensor in adapter.linears[linear].items()}
         expected = factors(linear, tensors, {})[""]
         torch.testing.assert_close(dense(found.updates[hf_name(linear)]), dense(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_pruned_triplets_do_not_raise_the_rank(tmp_path):
+    """AdaLoRA's factors hold all of them; a server that caps the rank is to see what is left."""
+    case = {"type": "adalora", "dim": 5, "target_r": 2}
+    adapters = trained(tmp_path, "llama", case).adapters
+    with torch.no_grad():
+        for index, module in enumerate(adapters.modules.values()):
+            module.singular_values[[0, 2, 4] if index % 2 else [1, 3]] = 0
+    adapter = open_adapter(tmp_path / "lora")
+    linears = {name: {key: lazy(value) for key, value in one.saved().items()} for name, one in adapters.modules.items()}
+    found = export(replace(adapter, linears=linears), adapters.method.factors, adapters.method.model, None)
+    assert found.config["r"] == 3
+    for name, module in adapters.modules.items():
+        if name.endswith(("linear_proj", "linear_fc2")):
+            whole = adapters.method.factors(name, module.saved(), {})[""]
+            torch.testing.assert_close(dense(found.updates[hf_name(name)]), dense(whole), rtol=1e-6, atol=1e-6)
+
+
+def test_float32_magnitudes_beside_bfloat16_factors_are_imported_to_the_bit(tmp_path):
+    adapters = trained(tmp_path, "llama", CASES["dora"]).adapters
+    exported = export(open_adapter(tmp_path / "lora"), adapters.method.factors, adapters.method.model, None)
+    mixed = {name: replace(one, a=one.a.bfloat16(), b=one.b.bfloat16()) for name, one in exported.updates.items()}
+    found = convert(replace(exported, updates=mixed), adapters.method.model, None, "mixed").tensors
+    for name, module in adapters.modules.items():
+        assert torch.equal(found[f"{name}.adapter.weight_magnitude"], module.weight_magnitude)
 
 
 def dtypes(adapter):

@@ -52,16 +52,16 @@ class Config(StepConfig):
             )
             yield Problem(where=key, what=what, name="base_model_mismatch")
 
-    def warnings(self, facts: Mapping[str, Any], section: Mapping[str, Any], use_dora: bool) -> Iterable[str]:
-        """What is worth saying of an adapter (by its record's facts and its settings) to who serves it."""
+    def warnings(self, facts: Mapping[str, Any], codes: Iterable[str], use_dora: bool) -> Iterable[str]:
+        """What is worth saying of an adapter (by its record's facts) to who serves it.
+
+        codes: what its base was held in while it was trained; none for as it is.
+        """
         if not facts:
             yield f"{self.lora_checkpoint} does not say which base it was trained on: the base is taken on trust"
         if facts.get("finished") is False:
             yield f"{self.lora_checkpoint} is unfinished: training stopped at iteration {facts.get('iteration')}"
         if use_dora:
             yield "vLLM refuses DoRA adapters: for vLLM merge it with convert/merge_lora"
-        if quantization := section.get("quantization"):
-            yield (
-                f"it was trained on a base in {quantization.get('type')}, and will be served on whatever base the "
-                "server loads"
-            )
+        if held := " and ".join(sorted(codes)):
+            yield f"it was trained on a base in {held}, and will be served on whatever base the server loads"

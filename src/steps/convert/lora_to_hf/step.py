@@ -18,6 +18,7 @@ from steps.engine.checkpoint.merge import open_adapter
 from steps.errors import ArtifactError
 from steps.runtime import Job
 from steps.shapes.run_config import model_config
+from steps.shapes.targets import linear_names
 
 # What the adapter's record says and stays true of the same adapter in another format.
 _FACTS = (
@@ -37,7 +38,8 @@ def run(job: Job[Config]) -> None:
         raise ArtifactError(without_factors(type(method.section), "lora_checkpoint"))
     name = config.base_hf_path or facts.get("base_model_name_or_path")
     exported = export(adapter, method.factors, method.model, name)
-    for warning in config.warnings(facts, adapter.section, exported.config["use_dora"]):
+    codes = {spec.type for linear in linear_names(method.model.num_layers) if (spec := method.section.held(linear))}
+    for warning in config.warnings(facts, codes, exported.config["use_dora"]):
         log(f"warning: {warning}")
     base = base_of(config, log)
     with job.produce("output_hf_path") as out:

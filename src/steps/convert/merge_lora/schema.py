@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from steps.artifacts.opening import Artifact
 from steps.config.base import StepConfig
@@ -57,7 +57,10 @@ class Config(StepConfig):
                 yield Problem(where=key, what=what, name="base_model_mismatch")
         section = inputs["lora_checkpoint"].facts.get("peft") or {}
         if section.get("type") in names():
-            typed = section_class(section["type"]).model_validate(section)
+            try:
+                typed = section_class(section["type"]).model_validate(section)
+            except ValidationError:  # of another version; the step names what it does not know
+                return
             yield from self.check_base(typed.held(linear_names(1)[0]))
 
     def check_base(self, quantization: object) -> Iterable[Problem]:

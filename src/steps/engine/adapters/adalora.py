@@ -70,7 +70,8 @@ class AdaLoRAAdapter(Adapter):
         self.register_buffer("kept", torch.ones(len(linear_in), dtype=torch.bool), persistent=False)
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
-        a = (self.singular_values[:, None] * self.linear_in.weight).to(x.dtype)
+        wide = torch.promote_types(self.linear_in.weight.dtype, x.dtype)  # merging rounds no product either
+        a = (self.singular_values[:, None].to(wide) * self.linear_in.weight.to(wide)).to(x.dtype)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         return low_rank(linear.project(x), dropped, a, self.linear_out.weight.to(x.dtype), self.scale)
 
@@ -139,7 +140,7 @@ class AdaLoRAMethod(Method[AdaLoRA]):
             module.singular_values.masked_fill_(~module.kept, 0)
 
     def factors(self, name: str, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Mapping[str, Factors]:
-        """All dim triplets, those that were pruned too; `Factors.compact` drops them."""
+        """All dim triplets, those that were pruned too; the export drops them with `Factors.compact`."""
         a = tensors["linear_in.weight"].float() * tensors["singular_values"].float()[:, None]
         return {"": Factors(a, tensors["linear_out.weight"].float(), self.section.scale)}
 

@@ -113,12 +113,13 @@ def _joined(model: ModelConfig, linear: str, parts: Mapping[str, Update]) -> Upd
     if "" in parts:
         return first
     out = targets.shape(model, linear)[0]
-    b, magnitude = first.b.new_empty(out, first.rank), first.b.new_empty(out)
+    b = first.b.new_empty(out, first.rank)
+    magnitude = None if first.magnitude is None else first.magnitude.new_empty(out)
     for part, update in parts.items():
         _put(model, part, b, update.b)
-        if update.magnitude is not None:
+        if magnitude is not None and update.magnitude is not None:
             _put(model, part, magnitude, update.magnitude)
-    return replace(first, b=b, magnitude=None if first.magnitude is None else magnitude)
+    return replace(first, b=b, magnitude=magnitude)
 
 
 def _put(model: ModelConfig, part: str, whole: Tensor, rows: Tensor) -> None:

@@ -29,6 +29,7 @@ class Factored(Protocol):
     def scale(self) -> float: ...
     @property
     def magnitude(self) -> Tensor | None: ...
+    def compact(self) -> Factored: ...
 
 
 #: (linear's full name, its adapter's tensors, shared tensors) to its factors, by part.
@@ -40,7 +41,8 @@ def export(adapter: Adapter, factors: FactorsOf, model: ModelConfig, base: str |
 
     factors: the adapter method's.   base: what is written as base_model_name_or_path.
     Where all modules have one rank and one scale already, the factors stay as they are and the scale is told by
-    lora_alpha; otherwise see `hf_adapter.uniform`. The dtype is the stored one where it holds every value.
+    lora_alpha; otherwise see `hf_adapter.uniform`. What adds nothing (AdaLoRA's pruned triplets) is left out before.
+    The dtype is the stored one where it holds every value.
     Raises ArtifactError (damaged_artifact) for tensors that do not fit the model.
     """
     found = dict(_modules(adapter, factors, model))
@@ -74,7 +76,8 @@ def _modules(adapter: Adapter, factors: FactorsOf, model: ModelConfig) -> Iterat
                 whole = f"{linear.rpartition('.')[0]}.{part}" if part else linear
                 for name in targets.parts(whole):
                     # The factors of a part have that part's rows only; those of a whole fused linear have all.
-                    yield targets.hf_name(name), _rows(model, "" if part else name.rpartition(".")[2], factored)
+                    last = "" if part else name.rpartition(".")[2]
+                    yield targets.hf_name(name), _rows(model, last, factored.compact())
         except (KeyError, RuntimeError) as error:  # a tensor that is absent, or of a shape that cannot be taken apart
             if "memory" in str(error):
                 raise
