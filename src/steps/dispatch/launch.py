@@ -69,6 +69,8 @@ def run(step: Manifest, request: Request) -> None:
         print(json.dumps(sheet.data(planned), indent=2, default=str))
     if request.dry_run:
         return
+    for note in dict.fromkeys(note for entry in planned for note in entry.notes):
+        print(f"note: {note}", file=sys.stderr)
     gc.enable()  # from here on this process may watch a job for days
     if request.batch:
         _submit_all(planned)

@@ -48,11 +48,13 @@ def held(section: Peft, model: ModelConfig, precision: str) -> Iterator[Held]:
         section.trainable_at(targets.layer(name), *shape) for name, shape in zip(names, shapes, strict=True)
     )
     own = section.adapter_dtype
-    yield Held("adapter", own, trained * _BYTES[own])
+    wide = sum(section.wide_trainable(*shape) for shape in shapes)
+    parameters = (trained - wide) * _BYTES[own] + wide * _BYTES["float32"]
+    yield Held("adapter", own, parameters)
     if beside := sum(section.untrained_bytes(*shape) for shape in shapes):
         yield Held("untrained tensors of the adapter", "", beside)
-    yield Held("gradients", own, trained * _BYTES[own])
-    yield Held("moments of Adam", f"{_MOMENTS} x {own}", _MOMENTS * trained * _BYTES[own])
+    yield Held("gradients", own, parameters)
+    yield Held("moments of Adam", f"{_MOMENTS} x {own}", _MOMENTS * parameters)
 
 
 def computed(model: ModelConfig, precision: str) -> str:

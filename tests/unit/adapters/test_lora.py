@@ -6,9 +6,12 @@ from support.packed import SHAPE, random_decoder
 
 from steps.config.peft import names as types
 from steps.config.peft import section_class
+from steps.config.peft.dora import DoRA
 from steps.config.peft.lora import LoRA
 from steps.engine.adapters import base
+from steps.engine.data.batches import MicroBatch
 from steps.errors import ConfigError
+from steps.shapes import memory
 from steps.shapes.targets import chosen
 
 IDS = torch.randint(SHAPE.vocab_size, (40,), generator=torch.Generator().manual_seed(0))
@@ -134,6 +137,24 @@ def test_bfloat16_base_keeps_float32_masters():
     adapters.decoder(IDS, BOUNDS).float().square().sum().backward()
     assert all(value.grad.dtype == value.dtype == torch.float32 for value in adapters.parameters().values())
     assert all(value.dtype == torch.bfloat16 for value in adapted(LoRA(lora_dtype="bfloat16")).parameters().values())
+
+
+def test_dora_starts_from_the_base_with_bfloat16_factors_too():
+    section = DoRA(dim=4, lora_dtype="bfloat16")
+    adapters = adapted(section)
+    assert torch.equal(adapters.decoder(IDS, BOUNDS), random_decoder()(IDS, BOUNDS))
+    held = {name: value for name, value in adapters.parameters().items() if "decoder.layers.0.mlp.linear_fc2." in name}
+    assert [str(value.dtype) for value in held.values()] == ["torch.float32", "torch.bfloat16", "torch.bfloat16"]
+    nbytes = sum(value.nbytes for value in adapters.parameters().values())
+    told = {held.what: held.nbytes for held in memory.held(section, SHAPE, "float32")}
+    assert (told["adapter"], told["gradients"], told["moments of Adam"]) == (nbytes, nbytes, 2 * nbytes)
+
+
+def test_eva_says_so_when_the_data_are_too_few_for_the_rank():
+    adapters = adapted(LoRA(dim=16, init_lora_weights="eva", calibration_rows=1))
+    batch = MicroBatch(IDS[:10], [0, 10], torch.arange(9), IDS[1:10])
+    with pytest.raises(ConfigError, match=r"peft.calibration_rows: 1 rows hold 10 tokens, too few to find 16 dir"):
+        adapters.method.start(adapters, [batch])
 
 
 def test_loading_refuses_tensors_of_another_adapter():

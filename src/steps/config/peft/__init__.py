@@ -91,6 +91,10 @@ class Peft(Section):
         statistics of gradients, positions, …"""
         return 0
 
+    def wide_trainable(self, out_features: int, in_features: int) -> int:
+        """How many of `trainable` stay float32 when `adapter_dtype` is narrower."""
+        return 0
+
     @property
     def adapter_dtype(self) -> str:
         """Dtype of the trained parameters: `lora_dtype` where the method has it and it is given, else float32."""

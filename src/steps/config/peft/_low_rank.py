@@ -61,18 +61,5 @@ class LowRank(Ranked):
     def bridge_section(self) -> dict[str, Any] | None:
         if self.quantization is not None:
             return None
-        own = ("dim", "dropout", "dropout_position", "lora_A_init_method",
-               "lora_B_init_method")  # fmt: skip
-        alpha = self.scale * self.dim
-        return {
-            **{name: getattr(self, name) for name in own},
-            **self._bridge_targets(),
-            "alpha": int(alpha) if alpha == int(alpha) else alpha,
-        }
-
-    def _bridge_targets(self) -> dict[str, list[str]]:
-        """The two lists as Megatron-Bridge means them: it takes one of the two; the output layer is a linear there."""
-        if self.exclude_modules:
-            return {"target_modules": [], "exclude_modules": [*self.exclude_modules, "output_layer"]}
-        default = type(self).model_fields["target_modules"].default
-        return {"target_modules": list(self.targets_asked) or list(default), "exclude_modules": []}
+        own = ("dim", "alpha", "dropout", "dropout_position", "lora_A_init_method", "lora_B_init_method")
+        return {name: getattr(self, name) for name in own}

@@ -1,7 +1,7 @@
 """peft.type: canonical_lora."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,9 +30,6 @@ class CanonicalLoRA(LowRank):
         if odd := [name for name in self.targets_asked if name.endswith("*")]:
             what = f"Megatron-Bridge's canonical LoRA wants the name of a part at the end, which {odd[0]!r} has not"
             yield Problem("peft.target_modules", what, hint="For example *.layers.0.*.linear_q.")
-
-    def bridge_section(self) -> dict[str, Any] | None:
-        return None if self.exclude_modules else super().bridge_section()
 
 
 SECTION = CanonicalLoRA

@@ -17,6 +17,9 @@ class DoRA(LowRank):
     def trainable(self, out_features: int, in_features: int) -> int:
         return super().trainable(out_features, in_features) + out_features
 
+    def wide_trainable(self, out_features: int, in_features: int) -> int:
+        return out_features
+
     def untrained_bytes(self, out_features: int, in_features: int) -> int:
         return 4 * out_features  # the squared norm of each row of the base weight
 

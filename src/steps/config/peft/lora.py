@@ -60,7 +60,9 @@ class LoRA(LowRank):
         section = super().bridge_section()
         if section is None or self.moves_the_start:
             return None
-        return {**section, "lora_dtype": self.lora_dtype}
+        # Megatron-Bridge divides by dim.
+        alpha = self.alpha * self.dim**0.5 if self.use_rslora else self.alpha
+        return {**section, "alpha": alpha, "lora_dtype": self.lora_dtype}
 
 
 SECTION = LoRA

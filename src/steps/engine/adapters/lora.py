@@ -23,6 +23,7 @@ from steps.engine.adapters.base import Adapter, Adapters, Factors, Group, Method
 from steps.engine.adapters.starts import activations, matrix, principal, qr
 from steps.engine.data.batches import MicroBatch
 from steps.engine.model.layers import Linear
+from steps.errors import ConfigError, Problem
 
 #: Takes [..., out] to the view of it that one part of a fused linear writes to.
 Slot = Callable[[Tensor], Tensor]
@@ -147,8 +148,12 @@ class LoRAMethod(Method[LoRA]):
     def start(self, adapters: Adapters, batches: Sequence[MicroBatch]) -> None:
         """EVA (arXiv 2410.07170): linear_in spans the directions in which the linear's inputs vary most. The ranks are
         not redistributed (rho = 1): Megatron stores one shape for all layers."""
-        if not batches:
+        if self.section.init_lora_weights != "eva":
             return
+        tokens = sum(len(batch.input_ids) for batch in batches)
+        if tokens < self.section.dim:
+            what = f"{len(batches)} rows hold {tokens} tokens, too few to find {self.section.dim} directions"
+            raise ConfigError(Problem(where="peft.calibration_rows", what=what, hint="Raise it, or lower peft.dim."))
         for name, directions in activations(adapters, batches, self.section.dim).items():
             module = adapters.modules[name]
             assert isinstance(module, LoRAAdapter)
