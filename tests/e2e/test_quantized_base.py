@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,29 +14,37 @@ from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.convert import megatron_source
 from steps.engine.model.decoder import Decoder, load_weights
 
+# Quantization costs 5.5 % of the loss, of which training wins back most, but not at once: after 30 steps of the tiny
+# configuration 2.7 % are left, after these 60 with a larger adapter 1.9 %.
+RUN = [
+    "train.train_iters=60", "train.eval_interval=20", "train.eval_iters=4", "checkpoint.save_interval=1000",
+    "optimizer.lr=2e-3", "peft.dim=32", "peft.alpha=64",
+]  # fmt: skip
+EMBEDDING = "embedding.word_embeddings.weight"
+
 
 @pytest.mark.slow
 def test_four_bits_take_less_than_a_third_and_train_as_well(demo):
+    """SmolLM2-135M on the tiny chain; the loss is that of the valid split."""
     source = megatron_source(demo.directory / "output/tiny/base")
-    decoder = Decoder(source.config, quantize=lambda name: Quantization())
     tensors = mapping.to_megatron(source.config, source.tensors)
+    decoder = Decoder(source.config, quantize=lambda name: Quantization(type="nf4"))
     load_weights(decoder, ((name, tensor.load()) for name, tensor in tensors.items()))
-    apart = "embedding.word_embeddings.weight"
-    held = sum(value.nbytes for name, value in decoder.weights().items() if name != apart)
-    bf16 = sum(2 * tensor.numel for name, tensor in tensors.items() if name != apart)
-    assert held / bf16 < 0.30
+    taken = sum(value.nbytes for name, value in decoder.weights().items() if name != EMBEDDING)
+    assert taken <= 0.30 * sum(2 * tensor.numel for name, tensor in tensors.items() if name != EMBEDDING)
 
-    arguments = ["-c", "tiny", "peft.quantization.type=nf4", "checkpoint.save=output/tiny/qlora"]
+    plain = train(demo.directory, "plain")
+    quantized = train(demo.directory, "qlora", "peft.quantization.type=nf4")
+    assert quantized["valid_loss_first"] > 1.03 * plain["valid_loss_first"]
+    assert quantized["valid_loss_last"] == pytest.approx(plain["valid_loss_last"], rel=0.02)
+
+
+def train(directory, name, *arguments):
+    """The facts of a run over the tiny chain's data and base."""
+    command = ["peft/megatron_bridge", "-c", "tiny", *RUN, *arguments, f"checkpoint.save=output/tiny/{name}"]
     done = subprocess.run(
-        [sys.executable, "-m", "steps", "run", "peft/megatron_bridge", *arguments],
-        cwd=demo.directory, env=dict(os.environ), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"base held in nf4: [\d.]+ MB, 0.26 of its bf16 size", done.stdout)
-    plain, quantized = (
-        json.loads((demo.directory / f"output/tiny/{name}/artifact.json").read_text())["facts"]
-        for name in ("lora", "qlora")
+        [sys.executable, "-m", "steps", "run", *command], cwd=directory, capture_output=True, text=True
     )
-    for loss in ("loss_last", "valid_loss_last"):
-        assert quantized[loss] == pytest.approx(plain[loss], rel=0.02)
-    assert quantized["valid_loss_last"] < quantized["valid_loss_first"] - 0.1
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert bool(re.search(r"base held in nf4: [\d.]+ MB, 0.26 of its bf16 size", done.stdout)) == bool(arguments)
+    return json.loads((directory / f"output/tiny/{name}/artifact.json").read_text())["facts"]
