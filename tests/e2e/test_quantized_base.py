@@ -14,9 +14,9 @@ from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.convert import megatron_source
 from steps.engine.model.decoder import Decoder, load_weights
 
-# So small a model pays for few bits: blocks of 64 cost 5.5 % of the valid loss before training, blocks of 32 3.7 %. Training
-# wins back most of it, but not at once: after 30 steps of the tiny configuration 2.7 and 2.1 % are left, after these 60
-# with a larger adapter 1.9 and 1.6 %.
+# So small a model pays for few bits: blocks of 64 cost 5.5 % of the valid loss before training, blocks of 32 3.7 %.
+# Training wins back most of it, but not at once: after 30 steps of the tiny configuration 2.7 and 2.1 % are left, after
+# these 60 with a larger adapter 1.9 and 1.6 %.
 BLOCK = 32
 RUN = [
     "train.train_iters=60", "train.eval_interval=20", "train.eval_iters=4", "checkpoint.save_interval=1000",
