@@ -55,6 +55,16 @@ def test_a_misfit_has_the_same_words_and_code_before_the_start_and_in_the_job(pl
         assert not (place / "lora2").exists()
 
 
+def test_a_real_run_says_too_what_has_no_effect(place):
+    asked = ["peft.type=waveft", "peft.n_frequency=9", "policy.max_grad_norm=0.1"]
+    done = steps("run", STEP, "-c", "mine.yaml", *asked, "checkpoint.save=wave", cwd=place)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert "note: peft.dim: waveft has no such setting; 2 (mine.yaml:7) is left out" in notes
+    assert any("policy.max_grad_norm" in note for note in notes)
+    assert json.loads((place / "wave" / "artifact.json").read_text())["facts"]["method"] == "waveft"
+
+
 def test_nemo_rl_s_block_is_run_and_only_our_keys_are_written_down(place):
     block = "policy.dtensor_cfg.lora_cfg"
     asked = [f"{block}.dim=3", f"{block}.target_modules=[q_proj,down_proj]", f"{block}.use_triton=true"]
