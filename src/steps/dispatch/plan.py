@@ -126,8 +126,6 @@ def plan(
         notes.append(f"run.env.nodes: {step.id} runs on one node")
     empty = [name for name in env.env_vars if is_secret(name) and not env.env_vars[name]]
     notes += [f"run.env.env_vars.{name} is empty: what the job's machine holds under that name stays" for name in empty]
-    if not sees and (step.consumes or step.produces):
-        notes.append("the job runs on another machine: its inputs are checked there, when it starts")
     result = Planned(step, config_name, composed, config, findings, problems, notes, spec, place, looked=sees)
     if place.after:
         _expect(result)

@@ -30,7 +30,7 @@ def text(planned: Sequence[Planned]) -> Iterator[str]:
             from steps.dispatch import accounts
 
             yield from accounts.text(account)
-        notes = [*entry.notes, *(f"warning: {warning}" for warning in entry.findings.warnings)]
+        notes = [*_notes(entry), *(f"warning: {warning}" for warning in entry.findings.warnings)]
         yield from ["", *notes] if notes else []
         for name, body in executors.get(entry.spec.executor).render(entry.spec).items():
             yield from section(f"Command ({name})")
@@ -61,7 +61,7 @@ def data(planned: Sequence[Planned], problems: Sequence[Any] = ()) -> dict[str, 
                     port.key: {"type": port.type, "value": _value(entry, port.key)} for port in entry.step.produces
                 },
                 "account": account.to_dict() if (account := entry.config.account(entry.findings.inputs)) else None,
-                "notes": entry.notes,
+                "notes": _notes(entry),
                 "warnings": list(entry.findings.warnings),
                 "files": dict(executors.get(entry.spec.executor).render(entry.spec)),
                 "environment": _environment(entry),
@@ -69,6 +69,13 @@ def data(planned: Sequence[Planned], problems: Sequence[Any] = ()) -> dict[str, 
             for entry in planned
         ],
     }
+
+
+def _notes(entry: Planned) -> list[str]:
+    """The plan's, and what a sheet has to say of inputs that it does not show."""
+    if entry.looked or not (entry.step.consumes or entry.step.produces):
+        return entry.notes
+    return [*entry.notes, "the job runs on another machine: its inputs are checked there, when it starts"]
 
 
 def _value(entry: Planned, key: str) -> Any:

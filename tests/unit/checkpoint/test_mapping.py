@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.packed import SHAPE
 
 from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.lazy import lazy
@@ -125,3 +126,9 @@ def test_parts_of_different_dtypes_are_refused():
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].bfloat16()
     with pytest.raises(ArtifactError, match="differ in dtype"):
         mapping.to_megatron(CONFIG, as_lazy(tensors))
+
+
+def test_the_parts_of_nothing_are_nothing():
+    """A factor of rank 0, as of a linear that AdaLoRA has pruned altogether."""
+    for part, heads in (("linear_q", 2), ("linear_k", 1)):
+        assert mapping.part_view(SHAPE, part, torch.empty(0, SHAPE.qkv_size)).shape == (0, 2, heads, 8)

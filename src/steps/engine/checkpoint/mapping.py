@@ -40,7 +40,8 @@ def part_view(config: ModelConfig, part: str, tensor: Tensor) -> Tensor:
     tensor: [..., out of the fused linear]. Returns [..., groups, heads, D] for a part of linear_qkv, else [..., out].
     """
     if part in PARTS["linear_qkv"]:
-        grouped = tensor.view(*tensor.shape[:-1], config.num_query_groups, -1, config.kv_channels)
+        heads = tensor.shape[-1] // (config.num_query_groups * config.kv_channels)  # -1 would fail for an empty tensor
+        grouped = tensor.view(*tensor.shape[:-1], config.num_query_groups, heads, config.kv_channels)
         at = {"linear_q": slice(0, -2), "linear_k": slice(-2, -1), "linear_v": slice(-1, None)}[part]
         return grouped[..., at, :]
     if part in PARTS["linear_fc1"]:
