@@ -160,7 +160,7 @@ def main() -> None:
     found = measure(options.only, place, options.iters, options.rounds)
     text = (
         f"Made by `python benchmarks/peft_methods.py` on {machine()}: SmolLM2-135M, {options.iters} steps of 2 rows of "
-        f"512 tokens, medians over {options.rounds} rounds in which the methods took turns.\n\n{table(found)}\n"
+        f"512 tokens, medians over {options.rounds} round{'s' * (options.rounds > 1)} in which the methods took turns.\n\n{table(found)}\n"
     )
     print(text)
     if not options.print:
