@@ -158,6 +158,7 @@ def main() -> None:
         for step in CHAIN:
             run(["run", step, "-c", "tiny"], place)
     found = measure(options.only, place, options.iters, options.rounds)
+    rounds = "1 round" if options.rounds == 1 else f"{options.rounds} rounds"
     text = (
         f"Made by `python benchmarks/peft_methods.py` on {machine()}: SmolLM2-135M, {options.iters} steps of 2 rows of "
         f"512 tokens, medians over {options.rounds} round{'s' * (options.rounds > 1)} in which the methods took turns.\n\n{table(found)}\n"
