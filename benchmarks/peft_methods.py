@@ -161,7 +161,7 @@ def main() -> None:
     rounds = "1 round" if options.rounds == 1 else f"{options.rounds} rounds"
     text = (
         f"Made by `python benchmarks/peft_methods.py` on {machine()}: SmolLM2-135M, {options.iters} steps of 2 rows of "
-        f"512 tokens, medians over {options.rounds} round{'s' * (options.rounds > 1)} in which the methods took turns.\n\n{table(found)}\n"
+        f"512 tokens, medians over {rounds} in which the methods took turns.\n\n{table(found)}\n"
     )
     print(text)
     if not options.print:
