@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import Field
 
+from steps.artifacts import bases
 from steps.artifacts.checkpoint import ADAPTER_CONFIG
 from steps.artifacts.opening import Artifact
 from steps.config.base import StepConfig
@@ -23,11 +24,4 @@ class Config(StepConfig):
         adapter = inputs["hf_adapter_path"]
         if adapter.path is not None:
             yield from faults(adapter.path / ADAPTER_CONFIG)
-        mine = adapter.facts.get("base_fingerprint")
-        base = inputs["base_megatron_path"].facts.get("base_fingerprint")
-        if mine and base and mine != base:
-            what = (
-                f"the adapter {self.hf_adapter_path} was trained on another base than {self.base_megatron_path} "
-                f"(fingerprints {mine[:12]}… and {base[:12]}…)"
-            )
-            yield Problem(where="base_megatron_path", what=what, name="base_model_mismatch")
+        yield from bases.mismatch(adapter, inputs["base_megatron_path"])

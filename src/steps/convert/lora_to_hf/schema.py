@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
+from steps.artifacts import bases
 from steps.artifacts.opening import Artifact
 from steps.config.base import StepConfig
 from steps.config.peft import Peft, names, section_class
@@ -41,16 +42,8 @@ class Config(StepConfig):
             yield without_factors(section_class(facts["method"]), "lora_checkpoint")
         # Beside a base to check with, base_hf_path is only a name, and may be of other weights (cast, for example).
         key = "base_megatron_path" if "base_megatron_path" in inputs else "base_hf_path"
-        adapter, base = (
-            facts.get("base_fingerprint"),
-            inputs[key].facts.get("base_fingerprint") if key in inputs else None,
-        )
-        if adapter and base and adapter != base:
-            what = (
-                f"the adapter {self.lora_checkpoint} was trained on another base than {inputs[key].value} "
-                f"(fingerprints {adapter[:12]}… and {base[:12]}…)"
-            )
-            yield Problem(where=key, what=what, name="base_model_mismatch")
+        if key in inputs:
+            yield from bases.mismatch(inputs["lora_checkpoint"], inputs[key])
 
     def warnings(self, facts: Mapping[str, Any], codes: Iterable[str], use_dora: bool) -> Iterable[str]:
         """What is worth saying of an adapter (by its record's facts) to who serves it.

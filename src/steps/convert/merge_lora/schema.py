@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from steps.artifacts import bases
 from steps.artifacts.opening import Artifact
 from steps.config.base import StepConfig
 from steps.config.peft import names, section_class
@@ -46,15 +47,9 @@ class Config(StepConfig):
         if (method := facts.get("method")) is not None and method not in names():
             what = f"{self.lora_checkpoint} is an adapter of the method {method!r}, which this version does not know"
             yield Problem("lora_checkpoint", what, allowed=", ".join(names()), name="unsupported_method")
-        adapter = facts.get("base_fingerprint")
         for key in ("base_megatron_path", "base_hf_path"):
-            base = inputs[key].facts.get("base_fingerprint") if key in inputs else None
-            if adapter and base and adapter != base:
-                what = (
-                    f"the adapter {self.lora_checkpoint} was trained on another base than {inputs[key].value} "
-                    f"(fingerprints {adapter[:12]}… and {base[:12]}…)"
-                )
-                yield Problem(where=key, what=what, name="base_model_mismatch")
+            if key in inputs:
+                yield from bases.mismatch(inputs["lora_checkpoint"], inputs[key])
         section = inputs["lora_checkpoint"].facts.get("peft") or {}
         if section.get("type") in names():
             try:
