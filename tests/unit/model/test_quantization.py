@@ -16,11 +16,12 @@ from support.packed import SHAPE, random_decoder
 from torch.nn import functional as F
 
 from steps.config.peft import Quantization
+from steps.config.peft.qr_adaptor import TYPES
 from steps.engine.model import quantization_kernels
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.layers import Linear
 from steps.engine.model.quantization import QuantizedWeight, product, quantize
-from steps.engine.model.quantization_codes import CODES, TYPES, decoded, nearest
+from steps.engine.model.quantization_codes import CODES, decoded, nearest
 
 
 @dataclass(frozen=True)

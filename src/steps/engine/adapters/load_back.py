@@ -25,7 +25,7 @@ from torch import Tensor
 
 from steps.engine.adapters import base as adapters
 from steps.engine.checkpoint import mapping
-from steps.engine.checkpoint.fingerprint import Fingerprint, verify
+from steps.engine.checkpoint.fingerprint import Fingerprint, verify, verify_trained_on
 from steps.engine.checkpoint.hf import Source
 from steps.engine.checkpoint.hf_adapter import HFAdapter
 from steps.engine.checkpoint.lazy import LazyTensor
@@ -126,12 +126,7 @@ def _ours(
     parameters = mapping.to_megatron(base.config, read.watch(base.tensors), str(base.path))
     load_weights(decoder, ((name, tensor.load()) for name, tensor in parameters.items()))
     verify(read.digest(), recorded_fingerprint, base.path)
-    if base_fingerprint is not None and read.digest() != base_fingerprint:
-        what = (
-            f"the adapter was trained on a base with fingerprint {base_fingerprint[:12]}…, "
-            f"the weights at {base.path} have {read.digest()[:12]}…"
-        )
-        raise ArtifactError(what, name="base_model_mismatch")
+    verify_trained_on(read.digest(), base_fingerprint, base.path)
     before = decoder(ids, [0, len(ids)])
     shared = {name: tensor.load() for name, tensor in adapter.shared.items()}
     tensors, names = {f"adapter.{name}": tensor for name, tensor in shared.items()}, []

@@ -68,6 +68,19 @@ def verify(read: str, recorded: str | None, path: Path) -> None:
         raise ArtifactError(what, hint="Make the checkpoint again.", name="damaged_artifact")
 
 
+def verify_trained_on(read: str, trained_on: str | None, path: Path, hint: str = "") -> None:
+    """Hold the fingerprint of the base that was read from `path` against that of an adapter's base, if it is known.
+
+    Raises ArtifactError (base_model_mismatch).
+    """
+    if trained_on is not None and read != trained_on:
+        what = (
+            f"the adapter was trained on a base with fingerprint {trained_on[:12]}…, "
+            f"the weights at {path} have {read[:12]}…"
+        )
+        raise ArtifactError(what, hint=hint, name="base_model_mismatch")
+
+
 def line(name: str, tensor: Tensor) -> str:
     """One tensor's line of the fingerprint."""
     digest = hashlib.sha256(raw(tensor)).hexdigest()

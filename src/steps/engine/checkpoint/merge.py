@@ -17,7 +17,7 @@ from steps.config.peft import names, section_class
 from steps.config.validate import unknown_keys
 from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import Converted, converted
-from steps.engine.checkpoint.fingerprint import Fingerprint, verify
+from steps.engine.checkpoint.fingerprint import Fingerprint, verify, verify_trained_on
 from steps.engine.checkpoint.hf import SHARD_BYTES, Source, write_directory
 from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
 from steps.engine.progress import SILENT, Progress
@@ -33,6 +33,7 @@ Held = Callable[[str, Tensor], Tensor]
 _START = frozenset({"lora_A_init_method", "lora_B_init_method", "lora_dtype"})
 _BETWEEN = ".adapter."
 _SHARED = "adapter."
+_HINT = "Merge with the checkpoint that the adapter was trained on."
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,7 @@ def merge(
     )
     write_directory(directory, tensors, base.files, shard_bytes=shard_bytes, progress=progress, label="merge")
     verify(read.digest(), recorded_fingerprint, base.path)
-    if base_fingerprint is not None and read.digest() != base_fingerprint:
-        raise _mismatch(
-            f"the adapter was trained on a base with fingerprint {base_fingerprint[:12]}…, "
-            f"the weights at {base.path} have {read.digest()[:12]}…"
-        )
+    verify_trained_on(read.digest(), base_fingerprint, base.path, _HINT)
     return converted(base.config, tensors, written.digest())
 
 
@@ -198,5 +195,4 @@ def _merged(
 
 
 def _mismatch(what: str) -> ArtifactError:
-    hint = "Merge with the checkpoint that the adapter was trained on."
-    return ArtifactError(Problem(where="", what=what, hint=hint, name="base_model_mismatch"))
+    return ArtifactError(Problem(where="", what=what, hint=_HINT, name="base_model_mismatch"))

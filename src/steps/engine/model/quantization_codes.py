@@ -35,8 +35,6 @@ CODES = {
     ),
     "int8": Code(8, tuple(step / 127 for step in range(-127, 128))),
 }  # fmt: skip
-#: The code of each bit width.
-TYPES = {code.bits: name for name, code in CODES.items()}
 
 
 def nearest(values: Tensor, code_name: str) -> Tensor:
