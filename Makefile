@@ -76,8 +76,9 @@ check: $(VENV)/.dev  ## Format, lint, types, import rules, generated documents. 
 docs: $(VENV)/.dev  ## Write the generated documents anew.
 	$(BIN)/python docs/generate.py
 
-bench: $(VENV)/.dev  ## Measure against peers, side by side.
-	$(BIN)/python benchmarks/startup.py
+bench: $(VENV)/.dev  ## Measure against peers, side by side; writes benchmarks/RESULTS.md. Wants a quiet machine.
+	$(PIP) install --editable '.[bench]'
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) $(VENV)-bridge $(VENV)-cluster output .steps build dist src/*.egg-info
