@@ -8,8 +8,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from steps.engine.model.fusion import fused
+
 #: Logits [rows, vocab] that exist at a time: 256 rows of a 128k vocabulary are 131 MB in float32.
 CHUNK_ROWS = 256
+
+
+@fused
+def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row, [n, 1] in float32 or wider, and softmax(logits) in logits' dtype.
+
+    logits: [n, vocab], may be overwritten; targets: [n, 1].
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = wide.amax(-1, keepdim=True)
+    chosen = wide.gather(1, targets)
+    weights = wide.sub_(largest).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    return sums.log() + largest - chosen, weights.div_(sums).to(logits.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -21,16 +37,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(part, weight).to(wide)
-            largest = logits.amax(-1, keepdim=True)
-            chosen = logits.gather(1, target)
-            weights = logits.sub_(largest).exp_()
-            sums = weights.sum(-1, keepdim=True)
-            total += (sums.log() + largest - chosen).sum(dtype=total.dtype)
+            losses, probabilities = _softmax(F.linear(part, weight), target)
+            total += losses.sum(dtype=total.dtype)
             if gradient is not None:
-                probabilities = weights.div_(sums)
-                probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-                gradient[start : start + rows] = probabilities.to(weight.dtype) @ weight
+                # Less 1 at the target: exp(-loss) - 1 without the rounding of a probability near 1.
+                d_logits = probabilities.scatter_(1, target, torch.expm1(-losses).to(probabilities.dtype))
+                torch.mm(d_logits, weight, out=gradient[start : start + rows])
         ctx.save_for_backward(gradient)
         return total
 
