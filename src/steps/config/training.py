@@ -46,6 +46,11 @@ class Train(Section):
         "auto",
         description="Dtype the base computes in; auto: bfloat16 where the base is stored so and the hardware is fast",
     )
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Compile chains of elementwise operations with torch.compile (engine torch); auto: in runs so long "
+        "that it pays, where there is a compiler",
+    )
     recompute_granularity: Literal["full"] | None = Field(
         None, description="full: keep only each layer's input for the backward pass and compute the rest again"
     )

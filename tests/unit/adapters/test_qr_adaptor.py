@@ -27,7 +27,7 @@ from steps.engine.data.batches import MicroBatch
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.quantization import as_held, quantize
 from steps.engine.progress import SILENT
-from steps.engine.train.loop import batch_loss
+from steps.engine.train.loss import batch_loss
 from steps.errors import ArtifactError
 from steps.shapes import account
 

@@ -12,9 +12,9 @@ them against each other); a run is one or the other from its first step to its l
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -35,12 +35,17 @@ class Fused(Generic[P, R]):
         _PIECES.append(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._called is self.plain or self.first_seconds is not None:
+        if not self.compiled or self.first_seconds is not None:
             return self._called(*args, **kwargs)
         began = time.perf_counter()
         result = self._called(*args, **kwargs)
         self.first_seconds = time.perf_counter() - began
         return result
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is compiled, or will be by the next call."""
+        return self._called is not self.plain
 
     def switch(self, *, compiled: bool) -> None:
         """Run compiled, or as written, from now on."""
@@ -58,15 +63,17 @@ def fused(function: Callable[P, R]) -> Fused[P, R]:
 
 
 def start(device: torch.device) -> str:
-    """Compile every piece when it is called next. Returns '' or, where a trial fails, why it is left as it was."""
+    """Compile every piece when it is called next; '' or, where a trial on `device` fails, why nothing was changed."""
+    import_module("torch._dynamo").reset()
+    if device.type == "cpu":
+        # Six small pieces: worker processes, each with a torch of its own, would cost more than they save.
+        inductor: Any = import_module("torch._inductor.config")
+        inductor.compile_threads = 1
     try:
         trial = torch.compile(lambda x: x.exp() + 1, dynamic=True)
         trial(torch.ones(3, 40, device=device))
     except Exception as error:  # no compiler, no headers of Python, a full disk: half a dozen kinds of it
         return str(error).strip().partition("\n")[0] or type(error).__name__
-    finally:
-        reset = importlib.import_module("torch._dynamo").reset
-        reset()
     for piece in _PIECES:
         piece.switch(compiled=True)
     return ""
@@ -76,6 +83,11 @@ def stop() -> None:
     """Run every piece as it is written."""
     for piece in _PIECES:
         piece.switch(compiled=False)
+
+
+def active() -> bool:
+    """Whether pieces are compiled."""
+    return any(piece.compiled for piece in _PIECES)
 
 
 def spent() -> tuple[int, float]:

@@ -19,8 +19,10 @@ from steps.engine.data.shards import PackedSplit
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.quantization import QuantizedWeight
 from steps.engine.progress import Progress
+from steps.engine.train.compiling import compiled, pays
 from steps.engine.train.distributed import World, world
-from steps.engine.train.loop import Trainer, batch_loss, read_known
+from steps.engine.train.loop import Trainer, read_known
+from steps.engine.train.loss import batch_loss
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan
 from steps.engine.train.precision import compute_dtype
@@ -80,13 +82,15 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
             here.barrier()
 
         here.barrier()  # every process has found and read what this one now clears away
-        if here.is_main:
-            saver.go_back(position, trained, optimizer)
         trainer = Trainer(plan, trained, optimizer, train_split, valid_split, here, progress)
-        if position.iteration < plan.train.train_iters:
-            trainer.run(position, save)
-        elif found is not None and found.folder.parent != plan.save_dir:
-            save(position)
+        by_itself = _compiled_by_itself(plan, trained, position, train_split, here)
+        with compiled(plan.train.compile, by_itself=by_itself, device=here.device, progress=progress):
+            if here.is_main:
+                saver.go_back(position, trained, optimizer)
+            if position.iteration < plan.train.train_iters:
+                trainer.run(position, save)
+            elif found is not None and found.folder.parent != plan.save_dir:
+                save(position)
         if here.is_main:
             saver.finish(position, trained)
             if told := trained.method.summary(trained):
@@ -197,6 +201,17 @@ def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Ten
         for name, tensor in tensors.items():
             yield name, tensor.load()
             task.advance()
+
+
+def _compiled_by_itself(
+    plan: Plan, trained: adapters.Adapters, position: Position, split: PackedSplit, here: World
+) -> bool:
+    """What train.compile=auto comes to: as the run did so far, or as its length says."""
+    if position.compiled is not None:
+        return position.compiled
+    row = plan.facts.get("pack_size") or len(split[0].input_ids)
+    tokens = plan.train.train_iters * plan.train.global_batch_size * row // here.size
+    return pays(trained.decoder.config.parameters, tokens, here.device)
 
 
 def _check_sizes(plan: Plan, here: World, rows: int) -> None:

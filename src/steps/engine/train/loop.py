@@ -14,10 +14,10 @@ from torch import Tensor
 from steps.engine.adapters.base import Adapters
 from steps.engine.data.batches import MicroBatch, Order, read, shares
 from steps.engine.data.shards import PackedSplit
-from steps.engine.model.decoder import Decoder
 from steps.engine.progress import Progress
+from steps.engine.train.compiling import warm_up
 from steps.engine.train.distributed import World
-from steps.engine.train.loss import cross_entropy_sum
+from steps.engine.train.loss import batch_loss
 from steps.engine.train.optim import AdamW, Gradients, clip
 from steps.engine.train.plan import Plan
 from steps.engine.train.saving import Position
@@ -53,6 +53,7 @@ class Trainer:
         Raises StepFailed (`non_finite_loss`, `no_trained_tokens`) before such a step changes anything.
         """
         train = self.plan.train
+        warm_up(self.adapters, self._read(self.train_split, [self._order[position.consumed_samples]]), self.progress)
         if position.iteration == 0:
             self._report_evaluation(position)
         with self.progress.task("train", train.train_iters, "steps", start=position.iteration) as task:
@@ -164,12 +165,6 @@ def read_known(split: PackedSplit, rows: Sequence[int], vocab_size: int) -> Micr
             name="tokenizer_mismatch",
         )
     return batch
-
-
-def batch_loss(decoder: Decoder, batch: MicroBatch) -> Tensor:
-    """Sum of the loss over the micro-batch's trained tokens, a scalar."""
-    hidden = decoder.hidden_states(batch.input_ids, batch.cu_seqlens)
-    return cross_entropy_sum(hidden[batch.trained], decoder.output_weight, batch.targets)
 
 
 def _seed(seed: int, sample: int) -> int:

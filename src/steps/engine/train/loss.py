@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from steps.engine.data.batches import MicroBatch
+from steps.engine.model.decoder import Decoder
 from steps.engine.model.fusion import fused
 
 #: Logits [rows, vocab] that exist at a time: 256 rows of a 128k vocabulary are 131 MB in float32.
@@ -59,3 +61,9 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int
     """
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call]
     return total
+
+
+def batch_loss(decoder: Decoder, batch: MicroBatch) -> Tensor:
+    """Sum of the loss over the micro-batch's trained tokens, a scalar."""
+    hidden = decoder.hidden_states(batch.input_ids, batch.cu_seqlens)
+    return cross_entropy_sum(hidden[batch.trained], decoder.output_weight, batch.targets)

@@ -18,6 +18,7 @@ from steps.artifacts.record import Record
 from steps.engine.adapters.base import Adapters, Method, Settled
 from steps.engine.checkpoint import megatron
 from steps.engine.checkpoint.adapter_config import adapter_run_config
+from steps.engine.model import fusion
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan, differences, mismatches, other_precision
 from steps.engine.train.resume import find
@@ -32,12 +33,14 @@ _MAIN = ("dim", "alpha", "target_modules", "exclude_modules")
 class Position:
     """How far a run has come; with the seed it determines the data order and every random number ahead.
 
-    history: numbers of the run that its end reports: loss_first, loss_last, valid_loss_first, valid_loss_last.
+    history:  numbers of the run that its end reports: loss_first, loss_last, valid_loss_first, valid_loss_last.
+    compiled: whether it has been computed with compiled pieces so far; None before the start.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     history: dict[str, float] = field(default_factory=dict)
+    compiled: bool | None = None
 
 
 @contextmanager
@@ -112,7 +115,7 @@ def restore(checkpoint: megatron.Checkpoint, plan: Plan, adapters: Adapters, opt
         optimizer.load(state["optimizer"])
     except ValueError as error:
         raise ArtifactError(f"{checkpoint.folder} does not fit: {error}") from error
-    return Position(state["iteration"], state["consumed_samples"], dict(state["history"]))
+    return Position(state["iteration"], state["consumed_samples"], dict(state["history"]), state.get("compiled"))
 
 
 @dataclass
@@ -168,6 +171,7 @@ class Saver:
             training_state={
                 "identity": self.plan.identity(),
                 "compute_dtype": _compute_dtype(adapters),
+                "compiled": fusion.active(),
                 "iteration": position.iteration,
                 "consumed_samples": position.consumed_samples,
                 "history": position.history,
