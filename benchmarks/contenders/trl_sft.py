@@ -44,16 +44,15 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16")
     options = parser.parse_args()
     found = list(packs(options.packed, 60, seed=0))
-    data = Dataset.from_dict(
-        {
-            "input_ids": [document for pack in found for document in pack.documents],
-            "assistant_masks": [list(map(int, marks)) for pack in found for marks in pack.targets],
-        }
-    )
+    documents = [pair for pack in found for pair in zip(pack.documents, pack.targets, strict=True)]
+    labels = [
+        [token if mark else -100 for token, mark in zip(tokens, marks, strict=True)] for tokens, marks in documents
+    ]
+    data = Dataset.from_dict({"input_ids": [tokens for tokens, _ in documents], "labels": labels})
     with tempfile.TemporaryDirectory() as place:
         settings = SFTConfig(
             output_dir=place, max_steps=1000, per_device_train_batch_size=1, gradient_accumulation_steps=1,
-            packing=True, packing_strategy="bfd", max_length=2048, assistant_only_loss=True, learning_rate=1e-4,
+            packing=True, packing_strategy="bfd", max_length=2048, learning_rate=1e-4,
             use_cpu=True, bf16=options.precision == "bfloat16", gradient_checkpointing=False, report_to=[],
             save_strategy="no", disable_tqdm=True, logging_strategy="no",
             model_init_kwargs={"dtype": getattr(torch, options.precision)},
