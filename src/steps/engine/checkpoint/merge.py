@@ -19,7 +19,7 @@ from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import Converted, converted
 from steps.engine.checkpoint.fingerprint import Fingerprint, verify, verify_trained_on
 from steps.engine.checkpoint.hf import SHARD_BYTES, Source, write_directory
-from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors, computed
 from steps.engine.progress import SILENT, Progress
 from steps.errors import ArtifactError, Problem
 from steps.shapes.targets import linear_names
@@ -174,7 +174,7 @@ def merge(
 
 
 def _held(weight: LazyTensor, linear: str, held: Held) -> LazyTensor:
-    return LazyTensor(weight.shape, torch.float32, lambda: held(linear, weight.load()))
+    return computed(weight.shape, "float32", lambda: held(linear, weight.load()))
 
 
 def _merged(
@@ -191,7 +191,7 @@ def _merged(
             raise _mismatch(f"the adapter's tensors do not fit {linear} {list(weight.shape)}: {error}") from error
         return result
 
-    return LazyTensor(weight.shape, torch.float32, load)
+    return computed(weight.shape, "float32", load)
 
 
 def _mismatch(what: str) -> ArtifactError:
