@@ -235,7 +235,7 @@ def _tensors(data: bytes) -> dict[str, StoredTensor]:
     state = pickles.loads(data, known).state
     places = {}
     for index, where in state["storage_data"].items():
-        places[index.state["fqn"], index.state["offset"]] = where.state
+        places[index.state["fqn"], index.state.get("offset")] = where.state
     found = {}
     for key, entry in state["state_dict_metadata"].items():
         if type(entry).__name__ != "TensorStorageMetadata":

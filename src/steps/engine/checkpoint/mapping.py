@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steps.engine.checkpoint.lazy import BITS, Array, LazyTensor, LazyTensors, derived
+from steps.engine.checkpoint.lazy import Array, LazyTensor, LazyTensors, derived, empty
 from steps.errors import ArtifactError, Problem
 from steps.shapes.model_config import ModelConfig
 from steps.shapes.targets import PARTS
@@ -188,7 +188,7 @@ def _joined(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTenso
         raise ArtifactError(f"{names} differ in dtype and cannot be fused", hint="Convert with dtype: float32.")
 
     def make() -> Array:
-        whole = np.empty(shape, BITS[parts[0].dtype])
+        whole = empty(shape, parts[0].dtype)
         for part, place in zip(parts, row.parts(config, whole), strict=True):
             part.source(place)
         return whole

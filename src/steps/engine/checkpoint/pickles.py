@@ -74,8 +74,11 @@ class _Writer:
         elif isinstance(obj, tuple):
             self._save_all(pickle.MARK, obj)
             write(pickle.TUPLE)
+        elif isinstance(obj, str):
+            text = obj.encode("utf-8", "surrogatepass")
+            write(pickle.BINUNICODE + struct.pack("<I", len(text)) + text)
         else:
-            assert obj is None or isinstance(obj, bool | int | float | str), type(obj)
+            assert obj is None or isinstance(obj, bool | int | float), type(obj)
             write(pickle.dumps(obj, protocol=2)[2:-1])  # without its PROTO and STOP
 
     def _save_all(self, opening: bytes, items: Iterable[Any]) -> None:
