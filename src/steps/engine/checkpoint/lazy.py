@@ -173,6 +173,16 @@ def empty(shape: tuple[int, ...], dtype: str) -> Array:
     return _buffers[at][:nbytes].view(BITS[dtype]).reshape(shape)
 
 
+def like(tensor: Tensor) -> Tensor:
+    """`torch.empty_like`, on the CPU in memory that an earlier one has left, see `empty`."""
+    import torch
+
+    name = dtype_name(tensor.dtype)
+    if tensor.device.type != "cpu" or name not in BITS:
+        return torch.empty_like(tensor)
+    return as_tensor(empty(tuple(tensor.shape), name), tuple(tensor.shape), name)
+
+
 def runs(array: Array) -> Iterator[memoryview]:
     """The bytes of an array in row-major order, as few dense runs: one for a contiguous array. Nothing is copied."""
     if array.flags.c_contiguous:
