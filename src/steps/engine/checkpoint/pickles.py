@@ -151,9 +151,7 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
-def loads(
-    data: bytes, known: Mapping[tuple[str, str], Any], persistent: Callable[[Any], Any] = lambda pid: pid
-) -> Any:
+def loads(data: bytes, known: Mapping[tuple[str, str], Any], persistent: Callable[[Any], Any] = lambda pid: pid) -> Any:
     """Read a pickle. known: what stands for a name (module, name); everything else becomes a StandIn.
 
     Raises what the pickle module raises for damaged data.

@@ -127,9 +127,7 @@ class _Archive:
     def end(self) -> bytes:
         """The central directory and what leads to it."""
         directory, count = b"".join(self._directory), len(self._directory)
-        end64 = b"PK\6\6" + struct.pack(
-            "<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), self._offset
-        )
+        end64 = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(directory), self._offset)
         locator = b"PK\6\7" + struct.pack("<IQI", 0, self._offset + len(directory), 1)
         end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
         return directory + end64 + locator + end
