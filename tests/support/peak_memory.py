@@ -14,7 +14,7 @@ import torch
 from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import hf_to_megatron, megatron_source
 from steps.engine.checkpoint.hf import open_source, write_directory
-from steps.engine.checkpoint.lazy import LazyTensor
+from steps.engine.checkpoint.lazy import computed
 from steps.engine.checkpoint.merge import merge, open_adapter
 from steps.shapes import hf_config
 from steps.shapes.model_config import ModelConfig
@@ -45,7 +45,7 @@ def peak_mb() -> float:
 def main(layers: int, folder: Path) -> None:
     config = model(layers)
     tensors = {
-        name: LazyTensor(shape, torch.float32, lambda shape=shape: torch.rand(shape))
+        name: computed(shape, "float32", lambda shape=shape: torch.rand(shape))
         for name, shape in mapping.hf_shapes(config).items()
     }
     files = {"config.json": json.dumps(hf_config.config_json(config))}

@@ -113,8 +113,24 @@ def digest_config(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()
 
 
+#: sha256 of files that were hashed while they were written: by device, inode, size and time of the last change.
+_remembered: dict[tuple[int, ...], str] = {}
+
+
+def remember(path: Path, digest: str) -> None:
+    """Spare `digest_file` the reading of a file that its writer has just hashed. Renaming it changes nothing."""
+    _remembered[_identity(path)] = digest
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def digest_file(path: Path) -> str:
     """sha256 of a file's bytes."""
+    if known := _remembered.get(_identity(path)):
+        return known
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):

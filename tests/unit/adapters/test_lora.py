@@ -9,6 +9,7 @@ from steps.config.peft import section_class
 from steps.config.peft.dora import DoRA
 from steps.config.peft.lora import LoRA
 from steps.engine.adapters import base
+from steps.engine.checkpoint.mapping import part_view
 from steps.engine.data.batches import MicroBatch
 from steps.errors import ConfigError
 from steps.shapes import memory
@@ -171,3 +172,31 @@ def test_loading_refuses_tensors_of_another_adapter():
 def test_an_unknown_method_is_told_with_a_suggestion():
     with pytest.raises(ConfigError, match=r"peft.type: 'lorra' is no adapter method.*Did you mean lora\?"):
         base.create({"type": "lorra"}, SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("linear", "rows", "parts"),
+    [("mlp.linear_fc2", 700, ()), ("self_attention.linear_qkv", None, ("q", "v")), ("mlp.linear_fc1", None, ("up",))],
+)
+def test_merging_by_blocks_of_rows_is_merging_the_whole(linear, rows, parts, dtype):
+    """700 rows are two blocks and a rest, q of linear_qkv lies in it group by group."""
+    method = base.create({"type": "canonical_lora" if parts else "lora", "dim": 4, "alpha": 7}, SHAPE)
+    sizes = {"q": SHAPE.query_size, "v": SHAPE.num_query_groups * SHAPE.kv_channels, "up": SHAPE.ffn_hidden_size}
+    rows = rows or {"linear_qkv": SHAPE.qkv_size, "linear_fc1": 2 * SHAPE.ffn_hidden_size}[linear.partition(".")[2]]
+    torch.manual_seed(0)
+    weight, tensors = torch.randn(rows, 40).to(dtype), {}
+    for part in parts or ("",):
+        name = f"adapter_{part}." if part else ""
+        tensors[f"{name}linear_in.weight"] = torch.randn(4, 40)
+        tensors[f"{name}linear_out.weight"] = torch.randn(sizes.get(part, rows), 4)
+    before, whole = weight.clone(), weight.float().clone()
+    for part, factors in method.factors(linear, tensors, {}).items():
+        place = part_view(SHAPE, part, whole.T)
+        place += factors.delta().T.reshape(place.shape)
+    merged = method.merge(f"decoder.layers.0.{linear}", weight, tensors, {})
+    # A product of fewer rows may add in another order: some units in float32's last place of numbers up to 50, and a
+    # unit in a narrower dtype's where that decides how it rounds.
+    limit = {torch.float32: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(merged, whole.to(dtype), rtol=limit, atol=2e-5)
+    assert torch.equal(weight, before)

@@ -64,5 +64,5 @@ def test_a_fingerprint_of_half_a_model_is_refused():
     watcher = Fingerprint()
     tensors = watcher.watch({"a": lazy(torch.zeros(1)), "b": lazy(torch.zeros(1))})
     tensors["a"].load()
-    with pytest.raises(AssertionError, match="not loaded: \\['b'\\]"):
+    with pytest.raises(AssertionError, match="not read: \\['b'\\]"):
         watcher.digest()

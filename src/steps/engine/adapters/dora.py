@@ -87,7 +87,7 @@ class DoRAMethod(Method[DoRA]):
     def merge(self, name: str, weight: Tensor, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
         (factors,) = self.factors(name, tensors, shared).values()
         assert factors.magnitude is not None
-        merged = weight + factors.delta()
+        merged = factors.delta().add_(weight)
         norm = torch.linalg.vector_norm(merged, dim=1)
         gain = torch.where(norm > 0, factors.magnitude / norm.where(norm > 0, 1), 1)
-        return gain[:, None] * merged
+        return merged.mul_(gain[:, None]).to(weight.dtype)

@@ -28,7 +28,7 @@ from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.fingerprint import Fingerprint, verify, verify_trained_on
 from steps.engine.checkpoint.hf import Source
 from steps.engine.checkpoint.hf_adapter import HFAdapter
-from steps.engine.checkpoint.lazy import LazyTensor
+from steps.engine.checkpoint.lazy import LazyTensor, computed
 from steps.engine.checkpoint.merge import Adapter
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.errors import ArtifactError, StepFailed
@@ -186,7 +186,7 @@ def _own(directory: Path, base: Source, bare: Tensor, ids: Tensor) -> tuple[str,
         module = name.removesuffix(".weight")
         found = _take(tensors, module) if module != name and _targeted(config, module) else {}
         if "lora_A.weight" not in found or "lora_B.weight" not in found:
-            return weight.to(torch.float32)
+            return weight.to("float32")
         a, b = found["lora_A.weight"].float(), found["lora_B.weight"].float()
 
         def load() -> Tensor:
@@ -198,7 +198,7 @@ def _own(directory: Path, base: Source, bare: Tensor, ids: Tensor) -> tuple[str,
             magnitude = found["lora_magnitude_vector"].float()[:, None]
             return torch.where(norm > 0, magnitude * whole / norm, whole)
 
-        return LazyTensor(weight.shape, torch.float32, load)
+        return computed(weight.shape, "float32", load)
 
     weights = {name: adapted(name, tensor) for name, tensor in base.tensors.items()}
     decoder = Decoder(base.config, dtype=torch.float32)

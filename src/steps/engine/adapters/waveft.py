@@ -171,7 +171,7 @@ class WaveFTMethod(Method[WaveFT]):
 
     def merge(self, name: str, weight: Tensor, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
         positions = self.positions(*weight.shape)
-        dense = weight.new_zeros(positions.height, positions.width)
+        dense = weight.new_zeros(positions.height, positions.width, dtype=torch.float32)
         dense[positions.rows.to(weight.device), positions.columns.to(weight.device)] = tensors["spectrum"].to(dense)
         update = synthesis(synthesis(dense, weight.shape[0]), weight.shape[1])
-        return update.mul_(self.section.scaling / 2).add_(weight)
+        return update.mul_(self.section.scaling / 2).add_(weight).to(weight.dtype)

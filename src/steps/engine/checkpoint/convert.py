@@ -64,8 +64,7 @@ def megatron_source(path: Path, iteration: int | None = None) -> Source:
     checkpoint = megatron.Checkpoint.open(path, iteration)
     config = model_config(checkpoint.run_config, str(checkpoint.folder / megatron.RUN_CONFIG))
     tensors = mapping.to_hf(config, checkpoint.tensors, str(checkpoint.folder))
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = replace(config, params_dtype=dtype)
+    config = replace(config, params_dtype=next(iter(tensors.values())).dtype)
     files = _kept_files(checkpoint)
     if "config.json" not in files:
         files["config.json"] = json.dumps(hf_config.config_json(config), indent=2) + "\n"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.checkpoint.behind import Worker
+from steps.engine.checkpoint.lazy import Array, LazyTensor, LazyTensors, runs
 from steps.errors import ArtifactError
 
 #: Dtypes in safetensors' notation.
-DTYPE_NAMES: Mapping[torch.dtype, str] = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class Fingerprint:
@@ -25,37 +23,29 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, str] = {}
+        self._lines: dict[str, Future[str]] = {}
         self._names: set[str] = set()
         # Hashing releases the interpreter: one tensor is hashed while the next is read and written.
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        self._hashing: tuple[str, Future[str]] | None = None
+        self._worker = Worker()
 
     def watch(self, tensors: LazyTensors) -> dict[str, LazyTensor]:
-        """The same tensors under the same (Hugging Face) names, hashed whenever one is loaded."""
+        """The same tensors under the same (Hugging Face) names, hashed whenever one is read."""
         self._names |= set(tensors)
         return {name: self._watched(name, tensor) for name, tensor in tensors.items()}
 
-    def _watched(self, name: str, source: LazyTensor) -> LazyTensor:
-        def load() -> Tensor:
-            tensor = source.load()
-            self._settle()  # one at a time, so that at most one tensor more is held
-            self._hashing = name, self._worker.submit(line, name, tensor)
-            return tensor
+    def _watched(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        def source(place: Array | None) -> Array:
+            array = tensor.source(place)
+            self._lines[name] = self._worker.submit(tensor.nbytes, lambda: line(name, tensor, array))
+            return array
 
-        return LazyTensor(source.shape, source.dtype, load)
-
-    def _settle(self) -> None:
-        if self._hashing is not None:
-            name, future = self._hashing
-            self._lines[name] = future.result()
-            self._hashing = None
+        return LazyTensor(tensor.shape, tensor.dtype, source)
 
     def digest(self) -> str:
-        """The fingerprint, once every watched tensor has been loaded."""
-        self._settle()
-        assert self._names == set(self._lines), f"not loaded: {sorted(self._names - set(self._lines))[:3]}"
-        return hashlib.sha256("".join(self._lines[name] for name in sorted(self._lines)).encode()).hexdigest()
+        """The fingerprint, once every watched tensor has been read."""
+        lines = {name: future.result() for name, future in self._lines.items()}
+        assert self._names == set(lines), f"not read: {sorted(self._names - set(lines))[:3]}"
+        return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
 def verify(read: str, recorded: str | None, path: Path) -> None:
@@ -81,20 +71,17 @@ def verify_trained_on(read: str, trained_on: str | None, path: Path, hint: str =
         raise ArtifactError(what, hint=hint, name="base_model_mismatch")
 
 
-def line(name: str, tensor: Tensor) -> str:
-    """One tensor's line of the fingerprint."""
-    digest = hashlib.sha256(raw(tensor)).hexdigest()
-    return f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{list(tensor.shape)}\0{digest}\n"
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """A CPU tensor's bytes in row-major order, not copied when it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+def line(name: str, tensor: LazyTensor, array: Array) -> str:
+    """One tensor's line of the fingerprint. array: what was read of it."""
+    digest = hashlib.sha256()
+    for run in runs(array):
+        digest.update(run)
+    return f"{name}\0{DTYPE_NAMES[tensor.dtype]}\0{list(tensor.shape)}\0{digest.hexdigest()}\n"
 
 
 def fingerprint(tensors: LazyTensors) -> str:
     """The fingerprint of a whole model, by Hugging Face names (without the tied output layer)."""
     watcher = Fingerprint()
     for tensor in watcher.watch(tensors).values():
-        tensor.load()
+        tensor.array()
     return watcher.digest()

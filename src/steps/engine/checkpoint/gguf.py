@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from steps.engine.checkpoint.gguf_header import StoredTensor, read_header
 from steps.engine.checkpoint.hf import Source
-from steps.engine.checkpoint.lazy import LazyTensor
+from steps.engine.checkpoint.lazy import Array, derived
 from steps.errors import ArtifactError, Problem
 from steps.shapes import hf_config
 
@@ -64,7 +62,7 @@ def open_gguf(path: Path) -> Source:
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_query_groups}
             part = name.split(".")[2] if name.startswith("blk.") else ""
             interleaved = heads.get(part, 0) if arch == "llama" else 0
-            tensors[_hf_name(name)] = LazyTensor(entry.shape, torch.float32, _loader(path, entry, interleaved))
+            tensors[_hf_name(name)] = derived(entry.shape, "float32", _loader(path, entry, interleaved))
     generation = {key: data[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in data}
     files = {"config.json": json.dumps(data, indent=2) + "\n"}
     if generation:
@@ -85,7 +83,7 @@ def _hf_name(name: str) -> str:
 
 
 def _loader(path: Path, entry: StoredTensor, heads: int) -> Any:
-    def load() -> Tensor:
+    def load() -> Array:
         from gguf import dequantize
 
         # Read, not mapped: a map's pages would count as ours until the file is closed.
@@ -93,7 +91,7 @@ def _loader(path: Path, entry: StoredTensor, heads: int) -> Any:
         values = dequantize(_typed(data, entry), entry.type).reshape(entry.shape)
         if heads:
             values = _deinterleave(values, heads)
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+        return np.ascontiguousarray(values, dtype=np.float32)
 
     return load
 
@@ -178,14 +176,14 @@ def _rope_scaling(path: Path, stored: Mapping[str, StoredTensor], head_dim: int,
     """Llama-3 scaling, which GGUF keeps as the divisor of each frequency: the setting that gives those divisors."""
     if _ROPE_FREQS not in stored:
         return None
-    divisors = _loader(path, stored[_ROPE_FREQS], 0)().double()
-    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    wavelengths = 2 * torch.pi / frequencies
+    divisors = _loader(path, stored[_ROPE_FREQS], 0)().astype(np.float64)
+    frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
     factor = float(divisors.max())
     for low, high, original in _LLAMA3:
-        smooth = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+        smooth = ((original / wavelengths - low) / (high - low)).clip(0, 1)
         expected = 1 / ((1 - smooth) / factor + smooth)
-        if torch.allclose(divisors, expected, rtol=1e-4):
+        if np.allclose(divisors, expected, rtol=1e-4):
             return {
                 "rope_type": "llama3",
                 "factor": round(factor, 4),

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from steps.artifacts.checkpoint import INDEX
 from steps.artifacts.opening import is_hub_id
-from steps.engine.checkpoint.dcp import damaged
-from steps.engine.checkpoint.fingerprint import DTYPE_NAMES, raw
-from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.checkpoint.behind import HashedFile
+from steps.engine.checkpoint.dcp import damaged, read_into
+from steps.engine.checkpoint.fingerprint import DTYPE_NAMES
+from steps.engine.checkpoint.lazy import Array, LazyTensor, LazyTensors, runs, stored
 from steps.engine.progress import SILENT, Progress, Task
 from steps.errors import ArtifactError, Problem
 from steps.shapes import hf_config
@@ -50,13 +49,12 @@ class Source:
         """The same model with its weights cast to `dtype` when they are read; "source" leaves them as they are."""
         if dtype == "source":
             return self
-        target = getattr(torch, dtype)
         files = dict(self.files)
         if "config.json" in files:
             data = json.loads(files["config.json"])
             if hf_config.stated_dtype(data) not in (None, dtype):
                 files["config.json"] = json.dumps(hf_config.with_dtype(data, dtype), indent=2) + "\n"
-        tensors = {name: tensor.to(target) for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
         return replace(self, config=replace(self.config, params_dtype=dtype), tensors=tensors, files=files)
 
 
@@ -120,7 +118,7 @@ def open_directory(path: Path) -> Source:
         found = _drop_tied(found, path)
     embedding = found.get("model.embed_tokens.weight")
     if embedding is not None:  # what is stored counts, not what config.json says of it
-        config = replace(config, params_dtype=str(embedding.dtype).removeprefix("torch."))
+        config = replace(config, params_dtype=embedding.dtype)
     return Source(path, config, found, _side_files(path))
 
 
@@ -150,18 +148,22 @@ def _read_headers(path: Path) -> dict[str, LazyTensor]:
     problems = []
     for file in weight_files(path):
         try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118, it is no mapping
-                    if name.endswith(_DERIVED):
-                        continue
-                    part = opened.get_slice(name)
-                    dtype = _DTYPES.get(part.get_dtype())
-                    if dtype is None:
-                        what = f"{name} has the dtype {part.get_dtype()}"
-                        allowed = ", ".join(_DTYPES)
-                        problems.append(Problem(where=str(file), what=what, allowed=allowed, name="unsupported_model"))
-                        continue
-                    tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, _loader(file, name))
+            with safe_open(file, "np"):  # the library holds the header against the file
+                pass
+            with file.open("rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(length))
+            for name, entry in header.items():
+                if name == "__metadata__" or name.endswith(_DERIVED):
+                    continue
+                dtype = _DTYPES.get(entry["dtype"])
+                if dtype is None:
+                    what = f"{name} has the dtype {entry['dtype']}"
+                    allowed = ", ".join(_DTYPES)
+                    problems.append(Problem(where=str(file), what=what, allowed=allowed, name="unsupported_model"))
+                    continue
+                fill = _filler(file, 8 + length + entry["data_offsets"][0])
+                tensors[name] = stored(tuple(entry["shape"]), dtype, fill)
         except (SafetensorError, OSError) as error:
             raise damaged(file, error) from error
     if len(problems) > 3:  # usually every weight of a quantized model
@@ -171,17 +173,16 @@ def _read_headers(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _loader(file: Path, name: str) -> Any:
-    def load() -> Tensor:
+def _filler(file: Path, offset: int) -> Callable[[Array], None]:
+    def fill(place: Array) -> None:
         try:
-            # Opened anew for each tensor: the map of a file, and the pages read through it, go with the tensor.
-            with safe_open(file, "pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
+            # Read, not mapped: the pages of a map would count as ours.
+            with file.open("rb", buffering=0) as opened:
+                read_into(opened.fileno(), place, offset)
+        except (EOFError, OSError) as error:
             raise damaged(file, error) from error
 
-    return load
+    return fill
 
 
 def _drop_tied(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTensor]:
@@ -189,7 +190,7 @@ def _drop_tied(tensors: dict[str, LazyTensor], path: Path) -> dict[str, LazyTens
     head = tensors.get("lm_head.weight")
     if head is None:
         return tensors
-    if not torch.equal(head.load(), tensors["model.embed_tokens.weight"].load()):
+    if not np.array_equal(head.array(), tensors["model.embed_tokens.weight"].array()):
         what = "config.json ties the output layer to the embedding, yet lm_head.weight differs from it"
         raise ArtifactError(Problem(where=str(path), what=what, name="unsupported_model"))
     return {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
@@ -255,13 +256,8 @@ def write_safetensors(path: Path, tensors: LazyTensors, task: Task) -> None:
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, entry in tensors.items():
-            tensor = entry.load()
-            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
-            file.write(raw(tensor))
+    with HashedFile(path) as file:
+        file.write([struct.pack("<Q", len(text)) + text])
+        for entry in tensors.values():
+            file.write(list(runs(entry.array())))
             task.advance(entry.nbytes / 1e6)
-            del tensor  # before the next one comes
-        file.flush()
-        os.fsync(file.fileno())

@@ -97,7 +97,7 @@ def _rows(model: ModelConfig, part: str, factors: Factored) -> Update:
 def _in_stored_dtype(adapter: Adapter, updates: Mapping[str, Update]) -> dict[str, Update]:
     """Method.factors is float32: as stored, unless that would lose something (products, a scale folded in)."""
     stored = {tensor.dtype for tensors in adapter.linears.values() for tensor in tensors.values()}
-    narrow = stored.pop() if stored in ({torch.bfloat16}, {torch.float16}) else torch.float32
+    narrow = getattr(torch, stored.pop()) if stored in ({"bfloat16"}, {"float16"}) else torch.float32
     narrowed = {module: update.to(narrow) for module, update in updates.items()}
     same = all(
         torch.equal(tensor.float(), updates[module].tensors()[name])

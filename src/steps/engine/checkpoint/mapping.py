@@ -1,36 +1,37 @@
 """Hugging Face's tensor names and layouts, and Megatron's: one table, read both ways.
 
 Each row names one Megatron parameter and the Hugging Face tensors it is made of, with their shapes. `{}` is the layer.
-Reading left to right joins, reading right to left splits; both are exact copies of the same numbers.
+Where a Megatron parameter is made of several, they are parts of its array, in place: left to right they are read into
+it, right to left they are taken out of it. Both are the same numbers, to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.checkpoint.lazy import Array, LazyTensor, LazyTensors, derived, empty
 from steps.errors import ArtifactError, Problem
 from steps.shapes.model_config import ModelConfig
 from steps.shapes.targets import PARTS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _PADDED = frozenset(("embedding.word_embeddings.weight", "output_layer.weight"))
 
 
-def _join_qkv(config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
-    """Per group of query heads: its queries, its key, its value. Parts [rows, …] -> [(heads + 2 * groups) * D, …]."""
-    grouped = [part.view(config.num_query_groups, -1, *part.shape[1:]) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
+def _qkv(config: ModelConfig, whole: Array) -> list[Array]:
+    """Per group of query heads: its queries, its key, its value. whole: [(heads + 2 * groups) * D, …].
 
-
-def _split_qkv(config: ModelConfig, whole: Tensor) -> list[Tensor]:
+    Returns q [groups, heads / groups * D, …], k and v [groups, D, …]: views.
+    """
     queries = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    grouped = whole.view(config.num_query_groups, -1, *whole.shape[1:])
-    sizes = [queries, config.kv_channels, config.kv_channels]
-    return [part.flatten(0, 1) for part in torch.split(grouped, sizes, dim=1)]
+    grouped = whole.reshape(config.num_query_groups, -1, *whole.shape[1:])
+    return np.split(grouped, [queries, queries + config.kv_channels], axis=1)
 
 
 def part_view(config: ModelConfig, part: str, tensor: Tensor) -> Tensor:
@@ -49,12 +50,8 @@ def part_view(config: ModelConfig, part: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _join_rows(config: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _split_rows(config: ModelConfig, whole: Tensor) -> list[Tensor]:
-    return list(whole.chunk(2))
+def _halves(config: ModelConfig, whole: Array) -> list[Array]:
+    return np.split(whole, 2)
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,13 @@ class Row:
     """One row: a Megatron parameter, its Hugging Face tensors with their shapes (in the letters of `_sizes`).
 
     only_if: the ModelConfig flag of a model that has it.
+    parts:   the places of those tensors in the parameter's array, as views; each holds its tensor's elements in order.
     """
 
     megatron: str
     hf: Mapping[str, str]
     only_if: str = ""
-    join: Callable[[ModelConfig, Sequence[Tensor]], Tensor] = _join_rows
-    split: Callable[[ModelConfig, Tensor], list[Tensor]] = _split_rows
+    parts: Callable[[ModelConfig, Array], list[Array]] = _halves
 
 
 _ATTENTION, _MLP = "decoder.layers.{}.self_attention.", "decoder.layers.{}.mlp."
@@ -80,15 +77,13 @@ TABLE = (
     Row(
         _ATTENTION + "linear_qkv.weight",
         {_HF_ATTENTION + f"{part}_proj.weight": f"{size} H" for part, size in zip("qkv", "QKK", strict=True)},
-        join=_join_qkv,
-        split=_split_qkv,
+        parts=_qkv,
     ),
     Row(
         _ATTENTION + "linear_qkv.bias",
         {_HF_ATTENTION + f"{part}_proj.bias": size for part, size in zip("qkv", "QKK", strict=True)},
         only_if="add_qkv_bias",
-        join=_join_qkv,
-        split=_split_qkv,
+        parts=_qkv,
     ),
     Row(_ATTENTION + "q_layernorm.weight", {_HF_ATTENTION + "q_norm.weight": "D"}, only_if="qk_layernorm"),
     Row(_ATTENTION + "k_layernorm.weight", {_HF_ATTENTION + "k_norm.weight": "D"}, only_if="qk_layernorm"),
@@ -166,7 +161,7 @@ def to_hf(config: ModelConfig, megatron: LazyTensors, where: str = "the checkpoi
             continue
         parts = _Parts(row, config, megatron[name])
         for index, (part, shape) in enumerate(shapes.items()):
-            result[part] = LazyTensor(shape, megatron[name].dtype, lambda parts=parts, index=index: parts.take(index))  # type: ignore[misc]
+            result[part] = derived(shape, megatron[name].dtype, lambda parts=parts, index=index: parts.take(index))  # type: ignore[misc]
     return result
 
 
@@ -181,7 +176,7 @@ def unpadded(config: ModelConfig, megatron: LazyTensors) -> dict[str, LazyTensor
 def _cut(tensor: LazyTensor, rows: int) -> LazyTensor:
     if tensor.shape[0] <= rows:
         return tensor
-    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.load()[:rows].contiguous())
+    return derived((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.array()[:rows])
 
 
 def _joined(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTensor:
@@ -191,7 +186,14 @@ def _joined(row: Row, config: ModelConfig, parts: list[LazyTensor]) -> LazyTenso
     if len({part.dtype for part in parts}) > 1:
         names = ", ".join(row.hf)
         raise ArtifactError(f"{names} differ in dtype and cannot be fused", hint="Convert with dtype: float32.")
-    return LazyTensor(shape, parts[0].dtype, lambda: row.join(config, [part.load() for part in parts]))
+
+    def make() -> Array:
+        whole = empty(shape, parts[0].dtype)
+        for part, place in zip(parts, row.parts(config, whole), strict=True):
+            part.source(place)
+        return whole
+
+    return derived(shape, parts[0].dtype, make)
 
 
 class _Parts:
@@ -199,12 +201,12 @@ class _Parts:
 
     def __init__(self, row: Row, config: ModelConfig, whole: LazyTensor) -> None:
         self._row, self._config, self._whole = row, config, whole
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, Array] = {}
 
-    def take(self, index: int) -> Tensor:
+    def take(self, index: int) -> Array:
         if index not in self._waiting:
-            self._waiting = dict(enumerate(self._row.split(self._config, self._whole.load())))
-        return self._waiting.pop(index).contiguous()
+            self._waiting = dict(enumerate(self._row.parts(self._config, self._whole.array())))
+        return self._waiting.pop(index)
 
 
 def _check(expected: Mapping[str, tuple[int, ...]], found: LazyTensors, where: str) -> None:

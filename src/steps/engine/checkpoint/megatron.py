@@ -25,18 +25,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from steps.artifacts.checkpoint import LATEST, iteration_dir, iterations
 from steps.artifacts.record import write_text
 from steps.config import yaml12
-from steps.engine.checkpoint import dcp
-from steps.engine.checkpoint.lazy import LazyTensor, lazy
+from steps.engine.checkpoint import dcp, torch_file
+from steps.engine.checkpoint.lazy import BITS, Array, LazyTensor, lazy, stored
 from steps.engine.progress import SILENT, Progress
 from steps.errors import ArtifactError, StepsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RUN_CONFIG = "run_config.yaml"
 TRAINING_STATE = "training_state.pt"
@@ -102,10 +104,12 @@ def write(
     with progress.task("write checkpoint", sum(chunk.tensor.nbytes for chunk in chunks) / 1e6, "MB") as task:
         dcp.save(partial, chunks, lambda tensor: task.advance(tensor.nbytes / 1e6))
     (partial / "metadata.json").write_text(json.dumps(_BACKEND))
-    torch.save({"iteration": iteration, "checkpoint_version": 3.0}, partial / "common.pt")
+    torch_file.save({"iteration": iteration, "checkpoint_version": 3.0}, partial / "common.pt")
     (partial / RUN_CONFIG).write_text(yaml12.dump(dict(run_config)), encoding="utf-8")
-    torch.save(_train_state(iteration, consumed_samples), partial / _TRAIN_STATE)
+    torch_file.save(_train_state(iteration, consumed_samples), partial / _TRAIN_STATE)
     if training_state is not None:
+        import torch
+
         torch.save(dict(training_state), partial / TRAINING_STATE)
     if beside is not None:
         beside(partial)
@@ -118,7 +122,7 @@ def write(
 
 
 def _chunk(name: str, tensor: LazyTensor | Tensor, num_layers: int) -> dcp.Chunk:
-    if isinstance(tensor, Tensor):
+    if not isinstance(tensor, LazyTensor):
         tensor = lazy(tensor)
     key, layer = stacked(name)
     shape, zeros = tensor.shape, (0,) * len(tensor.shape)
@@ -128,8 +132,12 @@ def _chunk(name: str, tensor: LazyTensor | Tensor, num_layers: int) -> dcp.Chunk
     return dcp.Chunk(key, (num_layers, *shape), (layer, *zeros), (1, *shape), tensor)
 
 
-def _train_state(iteration: int, consumed_samples: int) -> dict[str, Tensor]:
+def _train_state(iteration: int, consumed_samples: int) -> dict[str, torch_file.Stored]:
     """Megatron-Bridge's TrainState, every field of it a tensor."""
+
+    def scalar(value: float, dtype: str) -> torch_file.Stored:
+        return torch_file.Stored(np.array(value, BITS[dtype]), (), dtype)
+
     counts = {
         "step": iteration,
         "consumed_train_samples": consumed_samples,
@@ -137,9 +145,9 @@ def _train_state(iteration: int, consumed_samples: int) -> dict[str, Tensor]:
         "consumed_valid_samples": 0,
     }
     return {
-        **{name: torch.tensor(value, dtype=torch.int32) for name, value in counts.items()},
-        "floating_point_operations_so_far": torch.tensor(0.0, dtype=torch.float64),
-        **{name: torch.tensor(False) for name in ("do_train", "do_valid", "do_test")},
+        **{name: scalar(value, "int32") for name, value in counts.items()},
+        "floating_point_operations_so_far": scalar(0.0, "float64"),
+        **{name: scalar(False, "bool") for name in ("do_train", "do_valid", "do_test")},
     }
 
 
@@ -236,7 +244,7 @@ class Checkpoint:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The global shape of a key: [L, …] for a stacked one."""
-        return tuple(self._reader.tensors[key].size)
+        return self._reader.tensors[key].shape
 
     def layers(self, key: str) -> list[int]:
         """The layers of a stacked key that are there; [] for a key without layers."""
@@ -262,14 +270,14 @@ class Checkpoint:
 
     def _lazy(self, key: str, layer: int | None) -> LazyTensor:
         entry = self._reader.tensors[key]
-        shape = tuple(entry.size) if layer is None else tuple(entry.size)[1:]
-        return LazyTensor(shape, entry.properties.dtype, lambda: self._read(key, layer))
+        shape = entry.shape if layer is None else entry.shape[1:]
 
-    def _read(self, key: str, layer: int | None) -> Tensor:
-        shape = self.shape(key)
-        if layer is None:
-            return self._reader.read(key, (0,) * len(shape), shape)
-        return self._reader.read(key, (layer, *(0,) * (len(shape) - 1)), (1, *shape[1:]))[0]
+        def fill(place: Array) -> None:
+            box = place.reshape(entry.shape if layer is None else (1, *shape))
+            assert np.shares_memory(box, place)
+            self._reader.read(key, (layer or 0, *(0,) * (len(entry.shape) - 1)), box)
+
+        return stored(shape, entry.dtype, fill)
 
     def read(self, name: str) -> Tensor:
         """One parameter by its per-layer name, as a new CPU tensor in its stored dtype.
@@ -282,6 +290,8 @@ class Checkpoint:
 
     def training_state(self) -> dict[str, Any]:
         """What `write` was given as `training_state`. Raises ArtifactError when it is not there or damaged."""
+        import torch
+
         path = self.folder / TRAINING_STATE
         if not path.is_file():
             raise ArtifactError(f"{self.folder} has no {TRAINING_STATE}: training cannot be resumed from it")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from steps.engine.checkpoint import mapping, megatron
 from steps.engine.checkpoint.convert import Converted, converted
 from steps.engine.checkpoint.fingerprint import Fingerprint, verify, verify_trained_on
 from steps.engine.checkpoint.hf import SHARD_BYTES, Source, write_directory
-from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors
+from steps.engine.checkpoint.lazy import LazyTensor, LazyTensors, computed
 from steps.engine.progress import SILENT, Progress
 from steps.errors import ArtifactError, Problem
 from steps.shapes.targets import linear_names
 
-#: (linear's full name, base weight [out, in] float32, its adapter's tensors, shared tensors) to the merged weight.
+#: (linear's full name, base weight [out, in], its adapter's tensors, shared tensors) to the merged weight, of the base's
+#: dtype.
 Merge = Callable[[str, Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 #: (linear's full name, base weight [out, in]) to the weight that was trained on, float32.
 Held = Callable[[str, Tensor], Tensor]
@@ -167,14 +169,26 @@ def merge(
     tensors = written.watch(
         mapping.to_hf(base.config, {name: stored.to(dtypes[name]) for name, stored in parameters.items()})
     )
-    write_directory(directory, tensors, base.files, shard_bytes=shard_bytes, progress=progress, label="merge")
+    with _one_thread():
+        write_directory(directory, tensors, base.files, shard_bytes=shard_bytes, progress=progress, label="merge")
     verify(read.digest(), recorded_fingerprint, base.path)
     verify_trained_on(read.digest(), base_fingerprint, base.path, _HINT)
     return converted(base.config, tensors, written.digest())
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes on this thread alone: the products are small, and the other processors hash and write."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _held(weight: LazyTensor, linear: str, held: Held) -> LazyTensor:
-    return LazyTensor(weight.shape, torch.float32, lambda: held(linear, weight.load()))
+    return computed(weight.shape, "float32", lambda: held(linear, weight.load()))
 
 
 def _merged(
@@ -184,14 +198,14 @@ def _merged(
     def load() -> Tensor:
         loaded = {name: tensor.load() for name, tensor in tensors.items()}
         try:
-            result = merge_weight(linear, weight.load().float(), loaded, shared)
+            result = merge_weight(linear, weight.load(), loaded, shared)
         except (KeyError, RuntimeError) as error:  # a tensor that is absent, or of a shape that does not multiply
             if "memory" in str(error):
                 raise
             raise _mismatch(f"the adapter's tensors do not fit {linear} {list(weight.shape)}: {error}") from error
         return result
 
-    return LazyTensor(weight.shape, torch.float32, load)
+    return computed(weight.shape, weight.dtype, load)
 
 
 def _mismatch(what: str) -> ArtifactError:
