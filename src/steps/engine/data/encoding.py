@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 
 from steps.engine.data.chat import Conversation, DroppedError
-from steps.engine.data.segments import Encoded, Segments, TokenizersSegments, merged, same_ids
+from steps.engine.data.segments import Encoded, Segments, merged, same_ids
 from steps.engine.data.spans import Answers, Span, find_answers
 from steps.engine.data.template import free_marks
 from steps.engine.data.tiktoken_ranks import Ranks
@@ -90,18 +90,18 @@ class Encoder:
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The tokenizer without its added tokens: `<|im_end|>` is five characters of text to it."""
-        return _stripped(self._tokenizer.backend, "added_tokens")
+        return _stripped(self._tokenizer, "added_tokens")
 
     @cached_property
     def segments(self) -> Segments:
         """What tokenizes the pieces of a conversation."""
-        plain = TokenizersSegments(self._tokenizer.backend)
+        plain = self._tokenizer.segments
         return plain if self._ranks is None else TiktokenSegments(self._ranks, plain)
 
     @cached_property
     def _exact(self) -> tokenizers.Tokenizer:
         """The tokenizer with character positions as they are: a post-processor may leave blanks out of them."""
-        return _stripped(self._tokenizer.backend)
+        return _stripped(self._tokenizer)
 
     def render(self, conversation: Conversation) -> Row:
         """The conversation as text, with what is trained and what must stay text. Raises DroppedError."""
@@ -252,9 +252,9 @@ class Encoder:
         return ids[cut:].tolist(), trained[cut:].tolist()
 
 
-def _stripped(backend: tokenizers.Tokenizer, *lists: str) -> tokenizers.Tokenizer:
-    """A copy without its post-processor, and with the named lists empty."""
-    description = {**json.loads(backend.to_str()), "post_processor": None, **{name: [] for name in lists}}
+def _stripped(tokenizer: Tokenizer, *lists: str) -> tokenizers.Tokenizer:
+    """A copy of the backend without its post-processor, and with the named lists empty."""
+    description = {**tokenizer.description, "post_processor": None, **{name: [] for name in lists}}
     return tokenizers.Tokenizer.from_str(json.dumps(description))
 
 

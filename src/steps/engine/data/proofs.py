@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from steps.engine.data.encoding import Row
-from steps.engine.data.segments import CUT, TokenizersSegments, same_ids
+from steps.engine.data.segments import CUT, same_ids
 from steps.engine.data.tiktoken_ranks import Ranks, UnfitError, rebuild
 from steps.engine.data.tiktoken_segments import TiktokenSegments
 from steps.engine.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ NASTY = (
 
 def segments_fit(tokenizer: Tokenizer, rows: Sequence[Row]) -> bool:
     """Whether tokenizing `rows` in segments gives the whole text's tokens, but for those next to a cut."""
-    segments = TokenizersSegments(tokenizer.backend)
+    segments = tokenizer.segments
     for row in rows:
         if row.literals or CUT in row.text:
             continue
@@ -58,7 +58,7 @@ def _same_but_edges(left: Sequence[int], right: Sequence[int]) -> bool:
 
 def prove_tiktoken(tokenizer: Tokenizer, rows: Sequence[Row]) -> Ranks:
     """What tiktoken needs to give the tokenizer's ids, tried on `rows` and on nasty texts. Raises UnfitError."""
-    ranks, plain = rebuild(tokenizer.backend), TokenizersSegments(tokenizer.backend)
+    ranks, plain = rebuild(tokenizer), tokenizer.segments
     tiktoken = TiktokenSegments(ranks, plain)
     for pieces in ([piece.text for row in rows for piece in row.pieces()], NASTY):
         if not same_ids(tiktoken.encode([pieces]), plain.encode([pieces])):

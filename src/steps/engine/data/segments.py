@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
 #: Where texts are cut: a code point that Unicode promises never to make a character.
 CUT = "\U0010ffff"
@@ -38,12 +38,14 @@ class TokenizersSegments:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(backend.to_str())
+        # It would take blanks out of the characters' positions, which `proofs` compares.
+        self.backend.post_processor = processors.Sequence([])
         self.backend.add_special_tokens([AddedToken(CUT, special=True, normalized=False)])
         self._cut = self.backend.token_to_id(CUT)
 
     def encode(self, rows: Sequence[Sequence[str]]) -> Encoded:
         """The ids of all pieces of all rows, in order."""
-        ids = self._ids([f"{CUT.join(row)}{CUT}" for row in rows])
+        ids = self._ids([CUT.join([*row, ""]) for row in rows])
         found = take_cuts(ids, self._cut, sum(map(len, rows)))
         return self.encode_apart(list(chain.from_iterable(rows))) if found is None else found
 

@@ -45,7 +45,7 @@ from steps.errors import StepFailed
 WORK, PLAN, REPORT = ".work", "plan.json", "report.json"
 #: Raised when the code comes to write other bytes for the same input.
 VERSION = 1
-_PROBE_ROWS, _PROBE_CHARACTERS = 64, 100_000
+_PROBE_ROWS, _PROBE_CHARACTERS = 64, 50_000
 #: Bytes of input from which on tiktoken saves more than it takes to prove it: half a second, 2 million characters.
 _TIKTOKEN_PAYS = 4 << 20
 

@@ -17,7 +17,6 @@ All else that decides ids (pattern, normalizer, added tokens) is taken over or r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ import tokenizers
 from tokenizers import models
 
 from steps.engine.data.segments import CUT
+from steps.engine.data.tokenizer import Tokenizer
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 #: The same where digits were cut out one by one before: a digit ends the text for what stands before it.
@@ -61,9 +61,9 @@ class Ranks:
         return self.special[CUT]
 
 
-def rebuild(backend: tokenizers.Tokenizer) -> Ranks:
+def rebuild(tokenizer: Tokenizer) -> Ranks:
     """The ranks of a tokenizer. Raises UnfitError."""
-    description = json.loads(backend.to_str())
+    description = tokenizer.description
     model = description["model"]
     if model.get("type") != "BPE":
         raise UnfitError(f"its model is {model.get('type')}, not BPE")
@@ -77,7 +77,7 @@ def rebuild(backend: tokenizers.Tokenizer) -> Ranks:
     added = _added(description.get("added_tokens", ()), normalizer is not None)
     vocab: Mapping[str, int] = model["vocab"]
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    texts = _ranked(backend, vocab, merges, set(added), ignore_merges=bool(model.get("ignore_merges")))
+    texts = _ranked(tokenizer.backend, vocab, merges, set(added), ignore_merges=bool(model.get("ignore_merges")))
     letters = _byte_letters()
     if strange := set("".join(texts)) - set(map(chr, letters)):
         raise UnfitError(f"its vocabulary is not one of bytes ({min(strange)!r} stands for none)")

@@ -45,8 +45,10 @@ class TiktokenSegments:
     def encode(self, rows: Sequence[Sequence[str]]) -> Encoded:
         """The ids of all pieces of all rows, in order."""
         pieces = list(chain.from_iterable(rows))
-        slow = np.asarray([not self._is_alike(piece) for piece in pieces], bool)
-        fast = self._encode([piece for piece, left_out in zip(pieces, slow.tolist(), strict=True) if not left_out])
+        slow = np.zeros(len(pieces), bool)
+        if not self._is_alike("".join(pieces)):
+            slow[:] = [not self._is_alike(piece) for piece in pieces]
+        fast = self._encode([pieces[at] for at in np.flatnonzero(~slow)] if slow.any() else pieces)
         if fast is None:
             return self.plain.encode(rows)
         if len(fast.ids) and fast.ids.min() < 0:  # bytes that the vocabulary lacks
@@ -62,7 +64,7 @@ class TiktokenSegments:
         """By tiktoken; -1 for bytes that the vocabulary lacks. None where a text has a cut of its own in it, or where
         the pattern gives up: it goes back and forth over runs of a million blanks."""
         try:
-            ranks = self._encoding.encode_to_numpy("".join(f"{piece}{CUT}" for piece in pieces), allowed_special="all")
+            ranks = self._encoding.encode_to_numpy(CUT.join([*pieces, ""]), allowed_special="all")
         except ValueError:
             return None
         found = take_cuts(ranks, self._ranks.cut, len(pieces))
