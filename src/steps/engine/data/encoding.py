@@ -196,7 +196,8 @@ class Encoder:
         encoded = self.segments.encode([[piece.text for piece in row if not piece.literal] for row in pieces])
         if len(every) > len(encoded.lengths):
             literals = [self._literal(piece.text) for piece in every if piece.literal]
-            of_literals = Encoded(np.asarray(sum(literals, []), np.int32), np.asarray([len(ids) for ids in literals]))
+            ids, lengths = list(chain.from_iterable(literals)), [len(part) for part in literals]
+            of_literals = Encoded(np.asarray(ids, np.int32), np.asarray(lengths, np.int64))
             encoded = merged(np.asarray([piece.literal for piece in every]), encoded, of_literals)
         trained = np.repeat(np.asarray([piece.trained for piece in every], bool), encoded.lengths)
         ends = np.concatenate([[0], np.cumsum(encoded.lengths)])[np.cumsum([0, *map(len, pieces)])].tolist()

@@ -41,7 +41,9 @@ class TokenizersSegments:
         # It would take blanks out of the characters' positions, which `proofs` compares.
         self.backend.post_processor = processors.Sequence([])
         self.backend.add_special_tokens([AddedToken(CUT, special=True, normalized=False)])
-        self._cut = self.backend.token_to_id(CUT)
+        cut = self.backend.token_to_id(CUT)
+        assert cut is not None
+        self._cut = cut
 
     def encode(self, rows: Sequence[Sequence[str]]) -> Encoded:
         """The ids of all pieces of all rows, in order."""

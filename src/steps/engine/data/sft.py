@@ -30,12 +30,11 @@ from steps.artifacts.packed_parquet import SPLITS
 from steps.artifacts.record import write_text
 from steps.engine.data import report as reporting
 from steps.engine.data.chat import Conversation, DroppedError, parse
-from steps.engine.data.encoding import Encoder, Row
-from steps.engine.data.proofs import prove_tiktoken, segments_fit
 from steps.engine.data.packed_writer import Documents, write_split
+from steps.engine.data.proofs import probe
 from steps.engine.data.reading import Chunk, DataFile, chunks
 from steps.engine.data.spool import ChunkResult, Spool
-from steps.engine.data.tiktoken_ranks import Ranks, UnfitError
+from steps.engine.data.tiktoken_ranks import Ranks
 from steps.engine.data.tokenizer import Tokenizer
 from steps.engine.data.tokenizing import ChunkWorker, Done, Settings
 from steps.engine.data.workers import Pool
@@ -45,9 +44,6 @@ from steps.errors import StepFailed
 WORK, PLAN, REPORT = ".work", "plan.json", "report.json"
 #: Raised when the code comes to write other bytes for the same input.
 VERSION = 1
-_PROBE_ROWS, _PROBE_CHARACTERS = 64, 50_000
-#: Bytes of input from which on tiktoken saves more than it takes to prove it: half a second, 2 million characters.
-_TIKTOKEN_PAYS = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,8 @@ def pack_conversations(
         return report
     spool, now = _open_work(out, plan, progress)
     plan = replace(plan, tokenizer=plan.tokenizer.at(now))
-    settings, ranks = _probe(plan, progress)
+    size = sum(file.size for file in plan.files)
+    settings, ranks = probe(plan.tokenizer, plan.settings, _sample(plan), size, progress)
     indices = _tokenize(plan, settings, ranks, spool, progress, num_workers)
     account = reporting.Account(plan.files)
     results = [spool.read(index) for index in indices]
@@ -152,49 +149,6 @@ def _open_work(out: Path, plan: Plan, progress: Progress) -> tuple[Spool, dateti
     return Spool(work), datetime.fromisoformat(begun["begun"])
 
 
-def _probe(plan: Plan, progress: Progress) -> tuple[Settings, Ranks | None]:
-    """Try the fast ways on the first rows and leave those that do not give the exact result.
-
-    Returns the settings and, where tiktoken is to be used, what it needs.
-    """
-    settings, tokenizer = plan.settings, plan.tokenizer
-    encoder = Encoder(tokenizer, settings.loss)
-    exact = Encoder(tokenizer, settings.loss, stream=False)
-    rows: list[Row] = []
-    for conversation in islice(_sample(plan), _PROBE_ROWS):
-        if sum(len(row.text) for row in rows) > _PROBE_CHARACTERS:
-            break
-        row, slow = _rendered(encoder, conversation), _rendered(exact, conversation)
-        if row != slow and settings.stream:
-            progress.log("finding answers by rendering every prefix: this template depends on what comes later")
-            settings = replace(settings, stream=False)
-        if slow is not None:
-            rows.append(slow)
-    if not settings.whole_text and not segments_fit(tokenizer, rows):
-        progress.log("tokenizing whole conversations: this tokenizer does not take them in segments")
-        settings = replace(settings, whole_text=True)
-    return settings, _tiktoken(plan, settings, rows, progress)
-
-
-def _tiktoken(plan: Plan, settings: Settings, rows: Sequence[Row], progress: Progress) -> Ranks | None:
-    """What tiktoken needs, where it is asked for or pays, and gives the same ids."""
-    large = sum(file.size for file in plan.files) >= _TIKTOKEN_PAYS
-    if settings.library == "tokenizers" or (settings.library == "auto" and (settings.whole_text or not large)):
-        return None
-    try:
-        if settings.whole_text:
-            raise UnfitError("conversations are tokenized whole")
-        ranks = prove_tiktoken(plan.tokenizer, rows)
-    except UnfitError as error:
-        if settings.library == "tiktoken":
-            hint = "Leave tokenizer.library at auto."
-            raise StepFailed(f"tiktoken does not fit this tokenizer: {error}", hint=hint, name="tiktoken_unfit") from error
-        progress.log(f"tokenizing with tokenizers; tiktoken does not fit this tokenizer: {error}")
-        return None
-    progress.log("tokenizing with tiktoken, which was found to give the same ids")
-    return ranks
-
-
 def _sample(plan: Plan) -> Iterator[Conversation]:
     for chunk in islice(_chunks(plan), 4):
         for _, data in chunk.rows:
@@ -202,13 +156,6 @@ def _sample(plan: Plan) -> Iterator[Conversation]:
                 yield parse(data, plan.settings.messages_field, plan.settings.tools_field)
             except DroppedError:
                 continue
-
-
-def _rendered(encoder: Encoder, conversation: Conversation) -> Row | None:
-    try:
-        return encoder.render(conversation)
-    except DroppedError:
-        return None
 
 
 def _chunks(plan: Plan) -> Iterator[Chunk]:

@@ -17,7 +17,7 @@ All else that decides ids (pattern, normalizer, added tokens) is taken over or r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,7 @@ from steps.engine.data.tokenizer import Tokenizer
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 #: The same where digits were cut out one by one before: a digit ends the text for what stands before it.
-_GPT2_BETWEEN_DIGITS = (
-    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # fmt: skip
-)
+_GPT2_BETWEEN_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # fmt: skip
 
 
 class UnfitError(Exception):
@@ -76,7 +74,7 @@ def rebuild(tokenizer: Tokenizer) -> Ranks:
     pattern = _pattern(description.get("pre_tokenizer"))
     added = _added(description.get("added_tokens", ()), normalizer is not None)
     vocab: Mapping[str, int] = model["vocab"]
-    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [(left, right) for left, right in map(_pair, model["merges"])]
     texts = _ranked(tokenizer.backend, vocab, merges, set(added), ignore_merges=bool(model.get("ignore_merges")))
     letters = _byte_letters()
     if strange := set("".join(texts)) - set(map(chr, letters)):
@@ -85,6 +83,11 @@ def rebuild(tokenizer: Tokenizer) -> Ranks:
     special = {text: len(texts) + number for number, text in enumerate([*added, CUT])}
     ids = np.asarray([*(vocab.get(text, -1) for text in texts), *added.values(), -1], np.int32)
     return Ranks(mergeable, special, ids, pattern, normalizer is not None)
+
+
+def _pair(merge: Any) -> Sequence[str]:
+    """A merge, which older files write as one text."""
+    return merge.split(" ", 1) if isinstance(merge, str) else merge  # type: ignore[no-any-return]
 
 
 def _byte_letters() -> dict[int, str]:
@@ -107,8 +110,9 @@ def _pattern(pre_tokenizer: Mapping[str, Any] | None) -> str:
         return _GPT2
     if kinds == ["Digits", "ByteLevel"] and by_regex and steps[0]["individual_digits"]:
         return _GPT2_BETWEEN_DIGITS
-    if kinds == ["Split", "ByteLevel"] and not by_regex and "Regex" in steps[0]["pattern"]:
-        if (steps[0]["behavior"], steps[0]["invert"]) in (("Isolated", False), ("Removed", True)):
+    if kinds == ["Split", "ByteLevel"] and not by_regex:
+        how = (steps[0]["behavior"], steps[0]["invert"])
+        if "Regex" in steps[0]["pattern"] and how in (("Isolated", False), ("Removed", True)):
             return str(steps[0]["pattern"]["Regex"])
     raise UnfitError(f"words are cut in a way that one pattern cannot say ({', '.join(kinds)})")
 

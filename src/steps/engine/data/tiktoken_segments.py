@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 
 import numpy as np
 
-from steps.engine.data.segments import CUT, Encoded, Segments, TokenizersSegments, merged, take_cuts
+from steps.engine.data.segments import CUT, Encoded, TokenizersSegments, merged, take_cuts
 from steps.engine.data.tiktoken_ranks import Ranks, UnfitError
 
 #: What stands around a character where both libraries are asked where they cut; {0} is the character.
@@ -31,7 +31,10 @@ class TiktokenSegments:
         self._ranks, self.plain = ranks, plain
         try:
             self._encoding = tiktoken.Encoding(
-                "steps", pat_str=ranks.pattern, mergeable_ranks=dict(ranks.mergeable), special_tokens=dict(ranks.special)
+                "steps",
+                pat_str=ranks.pattern,
+                mergeable_ranks=dict(ranks.mergeable),
+                special_tokens=dict(ranks.special),
             )
         except ValueError as error:
             raise UnfitError(f"tiktoken does not understand its pattern: {error}") from error
@@ -96,7 +99,10 @@ class TiktokenSegments:
         # A vocabulary with every part of every text: tiktoken looks a word up before it joins anything, so each word
         # is one token, as long as the word.
         parts = {
-            text[start:end].encode() for text in texts for start in range(len(text)) for end in range(start + 1, len(text) + 1)
+            text[start:end].encode()
+            for text in texts
+            for start in range(len(text))
+            for end in range(start + 1, len(text) + 1)
         } | {bytes([byte]) for byte in range(256)}
         ruler = tiktoken.Encoding(
             "ruler", pat_str=self._ranks.pattern, special_tokens={},
@@ -106,7 +112,6 @@ class TiktokenSegments:
         for text in texts:
             words = [ruler.decode_single_token_bytes(rank) for rank in ruler.encode_ordinary(text)]
             ends = list(accumulate(map(len, words)))
-            bounds = {0, *ends}
             cuts = [end for _, (_, end) in pre_tokenizer.pre_tokenize_str(text)]
             if b"".join(words) != text.encode() or [len(text[:cut].encode()) for cut in cuts] != ends:
                 return False
