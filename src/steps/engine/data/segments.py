@@ -34,9 +34,13 @@ class Segments(Protocol):
 
 
 class TokenizersSegments:
-    """Segments by the library that the tokenizer comes with. The backend is copied."""
+    """Segments by the library that the tokenizer comes with.
+
+    backend: the tokenizer with CUT as a token of its own, and with characters' positions as they are.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._alone = backend
         self.backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(backend.to_str())
         # It would take blanks out of the characters' positions, which `proofs` compares.
         self.backend.post_processor = processors.Sequence([])
@@ -47,18 +51,19 @@ class TokenizersSegments:
 
     def encode(self, rows: Sequence[Sequence[str]]) -> Encoded:
         """The ids of all pieces of all rows, in order."""
-        ids = self._ids([CUT.join([*row, ""]) for row in rows])
+        ids = _ids(self.backend, [CUT.join([*row, ""]) for row in rows])
         found = take_cuts(ids, self._cut, sum(map(len, rows)))
         return self.encode_apart(list(chain.from_iterable(rows))) if found is None else found
 
     def encode_apart(self, pieces: Sequence[str]) -> Encoded:
         """The same, each piece by a call of its own: slower, and free of cuts."""
-        parts = [np.asarray(self._ids([piece])) for piece in pieces]
+        parts = [_ids(self._alone, [piece]) for piece in pieces]
         return Encoded(np.concatenate([np.zeros(0, np.int32), *parts]), np.asarray([len(part) for part in parts], int))
 
-    def _ids(self, texts: list[str]) -> np.ndarray:
-        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return np.concatenate([np.zeros(0, np.int32), *(np.asarray(text.ids, np.int32) for text in found)])
+
+def _ids(backend: tokenizers.Tokenizer, texts: list[str]) -> np.ndarray:
+    found = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(text.ids, np.int32) for text in found)])
 
 
 def take_cuts(ids: np.ndarray, cut: int, pieces: int) -> Encoded | None:
