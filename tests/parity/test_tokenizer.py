@@ -9,7 +9,8 @@ import pytest
 from support.chat import CHATML, CHATML_GENERATION, LLAMA3, MISTRAL, QWEN3, QWEN25, TEMPLATES, say, smollm_gguf
 
 from steps.engine.data.chat import parse
-from steps.engine.data.encoding import Encoder, segments_fit
+from steps.engine.data.encoding import Encoder
+from steps.engine.data.proofs import segments_fit
 from steps.engine.data.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

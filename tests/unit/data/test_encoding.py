@@ -9,7 +9,8 @@ import pytest
 from support.chat import CHATML, LLAMA3, QWEN25, TEMPLATES, say, small_tokenizer
 
 from steps.engine.data.chat import DroppedError, parse
-from steps.engine.data.encoding import Encoder, Row, segments_fit
+from steps.engine.data.encoding import Encoder, Row
+from steps.engine.data.proofs import segments_fit
 from steps.engine.data.tokenizing import longest_document, padded_length, shifted
 
 

@@ -17,6 +17,9 @@ class TokenizerSection(Section):
     """Who turns text into tokens."""
 
     model: str = Field(description="Tokenizer: a Hugging Face directory or Hub id, a tokenizer.json or a .gguf file")
+    library: Literal["auto", "tiktoken", "tokenizers"] = Field(
+        "auto", description="Who tokenizes; auto: tiktoken where it pays and gives the same ids, otherwise tokenizers"
+    )
 
 
 class Config(StepConfig):

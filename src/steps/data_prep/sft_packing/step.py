@@ -48,6 +48,7 @@ def _plan(config: Config) -> sft.Plan:
         pad_multiple=config.pad_multiple,
         ratios=(config.train_ratio, config.valid_ratio, config.test_ratio),
         seed=config.seed,
+        library=config.tokenizer.library,
     )
     tokenizer = Tokenizer.load(config.tokenizer.model, config.chat_template)
     files = reading.examine(blend.resolve(config.blend_path))

@@ -52,6 +52,10 @@ NOTES: Mapping[str, str] = {
 }
 
 
+#: What an answer may hold instead of content.
+_ALSO_SAID = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+
+
 class DroppedError(Exception):
     """This row is left out. `reason` is a key of REASONS."""
 
@@ -162,14 +166,16 @@ def _tool_call(call: Any) -> dict[str, Any]:
 
 def _weight(message: dict[str, Any]) -> bool:
     """Whether a message's weight is 1. The key is taken out: templates do not know it."""
-    weight = message.pop("weight", 1)
+    if "weight" not in message:
+        return True
+    weight = message.pop("weight")
     if not isinstance(weight, int | float) or weight not in (0, 1):
         raise DroppedError("invalid_weight")
     return bool(weight)
 
 
 def _says_something(message: Mapping[str, Any], notes: Counter[str]) -> bool:
-    if any(message.get(key) for key in ("content", "tool_calls", "reasoning_content", "thinking", "reasoning")):
+    if message.get("content") or any(message.get(key) for key in _ALSO_SAID):
         return True
     notes["empty_answers"] += 1
     return False

@@ -3,7 +3,7 @@
 A rendered conversation is cut where training begins and ends and each piece is tokenized by itself. That is the fastest
 way to the mask, and it is what happens at inference: the prompt ends at a token boundary, while tokenizing the whole
 text may merge the end of the prompt with the start of the answer. It only works for tokenizers that treat a piece of
-text the same wherever it stands; SentencePiece ones put a blank before it. `segments_fit` tries on a sample of rows;
+text the same wherever it stands; SentencePiece ones put a blank before it. `proofs` tries on a sample of rows;
 where it does not fit, the whole text is tokenized and answers are found by character positions.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +23,11 @@ import numpy as np
 import tokenizers
 
 from steps.engine.data.chat import Conversation, DroppedError
+from steps.engine.data.segments import Encoded, Segments, merged, same_ids
 from steps.engine.data.spans import Answers, Span, find_answers
 from steps.engine.data.template import free_marks
+from steps.engine.data.tiktoken_ranks import Ranks
+from steps.engine.data.tiktoken_segments import TiktokenSegments
 from steps.engine.data.tokenizer import Tokenizer
 
 
@@ -47,16 +50,18 @@ class Row:
 
     def pieces(self, *, at_spans: bool = True) -> list[Piece]:
         """The text cut at the literals and, unless told otherwise, at the bounds of the trained spans."""
-        cuts = {0, len(self.text)}
-        for start, end in (*self.literals, *(self.spans if at_spans else ())):
-            cuts.update((start, end))
-        bounds = sorted(cuts)
-        starts, literal_starts = [start for start, _ in self.spans], {start for start, _ in self.literals}
-        result = []
-        for start, end in pairwise(bounds):
-            at = bisect_left(starts, start + 1) - 1
-            trained = at >= 0 and end <= self.spans[at][1]
-            result.append(Piece(self.text[start:end], trained, start in literal_starts))
+        result: list[Piece] = []
+        literals, position = [*self.literals, (len(self.text), len(self.text))], 0
+        at = 0
+        for start, end in (*(self.spans if at_spans else ()), (len(self.text), len(self.text))):
+            for stop, trained in ((start, False), (end, True)):
+                while position < stop:
+                    first, last = literals[at]
+                    literal = first <= position
+                    piece_end = min(stop, last if literal else first)
+                    result.append(Piece(self.text[position:piece_end], trained, literal))
+                    position = piece_end
+                    at += position == last
         return result
 
 
@@ -66,22 +71,37 @@ class Encoder:
     loss: "assistant" trains the answers, "all" every token but those of messages with weight 0.
     whole_text: tokenize a conversation in one go; see the module's text.
     stream: find answers in one rendering where the template allows it.
+    ranks: tokenize with tiktoken, where it was proven to give the same ids (see tiktoken_segments).
     """
 
-    def __init__(self, tokenizer: Tokenizer, loss: str, *, whole_text: bool = False, stream: bool = True) -> None:
-        self._tokenizer, self._loss = tokenizer, loss
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        loss: str,
+        *,
+        whole_text: bool = False,
+        stream: bool = True,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._tokenizer, self._loss, self._ranks = tokenizer, loss, ranks
         self.whole_text, self.stream = whole_text, stream
         self._control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The tokenizer without its added tokens: `<|im_end|>` is five characters of text to it."""
-        return _stripped(self._tokenizer.backend, "added_tokens")
+        return _stripped(self._tokenizer, "added_tokens")
+
+    @cached_property
+    def segments(self) -> Segments:
+        """What tokenizes the pieces of a conversation."""
+        plain = self._tokenizer.segments
+        return plain if self._ranks is None else TiktokenSegments(self._ranks, plain)
 
     @cached_property
     def _exact(self) -> tokenizers.Tokenizer:
         """The tokenizer with character positions as they are: a post-processor may leave blanks out of them."""
-        return _stripped(self._tokenizer.backend)
+        return _stripped(self._tokenizer)
 
     def render(self, conversation: Conversation) -> Row:
         """The conversation as text, with what is trained and what must stay text. Raises DroppedError."""
@@ -159,20 +179,29 @@ class Encoder:
         at_token = row.text.endswith(self._tokenizer.control_tokens, start, kept)
         return (start, kept) if at_token and not any(last == kept for _, last in row.literals) else span
 
+    def agrees(self, row: Row) -> bool:
+        """Whether tiktoken, if it is used, gives the ids of the tokenizer's own library for this row."""
+        if not isinstance(self.segments, TiktokenSegments):
+            return True
+        pieces = [[piece.text for piece in row.pieces() if not piece.literal]]
+        return same_ids(self.segments.encode(pieces), self.segments.plain.encode(pieces))
+
     def encode(self, rows: Sequence[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids (int32 [tokens]) and which of them are trained (bool [tokens]) of each row."""
         return self._encode_whole(rows) if self.whole_text else self._encode_segments(rows)
 
     def _encode_segments(self, rows: Sequence[Row]) -> list[tuple[np.ndarray, np.ndarray]]:
         pieces = [row.pieces() for row in rows]
-        texts = [piece.text for row in pieces for piece in row if not piece.literal]
-        encoded = iter(self._tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False))
-        results = []
-        for row in pieces:
-            ids = [self._literal(piece.text) if piece.literal else next(encoded).ids for piece in row]
-            trained = np.repeat([piece.trained for piece in row], [len(part) for part in ids])
-            results.append((np.fromiter(chain.from_iterable(ids), np.int32), trained.astype(bool)))
-        return results
+        every = list(chain.from_iterable(pieces))
+        encoded = self.segments.encode([[piece.text for piece in row if not piece.literal] for row in pieces])
+        if len(every) > len(encoded.lengths):
+            literals = [self._literal(piece.text) for piece in every if piece.literal]
+            ids, lengths = list(chain.from_iterable(literals)), [len(part) for part in literals]
+            of_literals = Encoded(np.asarray(ids, np.int32), np.asarray(lengths, np.int64))
+            encoded = merged(np.asarray([piece.literal for piece in every]), encoded, of_literals)
+        trained = np.repeat(np.asarray([piece.trained for piece in every], bool), encoded.lengths)
+        ends = np.concatenate([[0], np.cumsum(encoded.lengths)])[np.cumsum([0, *map(len, pieces)])].tolist()
+        return [(encoded.ids[start:end], trained[start:end]) for start, end in pairwise(ends)]
 
     def _literal(self, text: str, lead: str = "") -> list[int]:
         """Ids of a control token's text, as text. `lead`: see `_after`."""
@@ -224,9 +253,9 @@ class Encoder:
         return ids[cut:].tolist(), trained[cut:].tolist()
 
 
-def _stripped(backend: tokenizers.Tokenizer, *lists: str) -> tokenizers.Tokenizer:
-    """A copy without its post-processor, and with the named lists empty."""
-    description = {**json.loads(backend.to_str()), "post_processor": None, **{name: [] for name in lists}}
+def _stripped(tokenizer: Tokenizer, *lists: str) -> tokenizers.Tokenizer:
+    """A copy of the backend without its post-processor, and with the named lists empty."""
+    description = {**tokenizer.description, "post_processor": None, **{name: [] for name in lists}}
     return tokenizers.Tokenizer.from_str(json.dumps(description))
 
 
@@ -246,37 +275,3 @@ def _without(length: int, spans: Sequence[Span]) -> list[Span]:
             result.append((position, start))
         position = max(position, end)
     return result
-
-
-#: How many tokens on each side of a cut may differ from those of the whole text (merges across the cut).
-_NEAR_CUT = 4
-
-
-def segments_fit(tokenizer: Tokenizer, rows: Sequence[Row]) -> bool:
-    """Whether tokenizing `rows` in segments gives the whole text's tokens, but for those next to a cut."""
-    exact = _stripped(tokenizer.backend)
-    for row in rows:
-        if row.literals:
-            continue
-        whole = exact.encode(row.text, add_special_tokens=False)
-        starts, ends = zip(*whole.offsets, strict=True) if whole.offsets else ((), ())
-        position, ids = 0, []
-        for piece in row.pieces():
-            part = tokenizer.encode(piece.text)
-            ids += part
-            inside = slice(bisect_left(starts, position), bisect_right(ends, position + len(piece.text)))
-            if not _same_but_edges(part, whole.ids[inside]):
-                return False
-            position += len(piece.text)
-        if tokenizer.decode(ids) != tokenizer.decode(whole.ids):
-            return False
-    return True
-
-
-def _same_but_edges(left: Sequence[int], right: Sequence[int]) -> bool:
-    core = list(left[_NEAR_CUT : len(left) - _NEAR_CUT])
-    if not core:
-        return abs(len(left) - len(right)) <= 2 * _NEAR_CUT
-    return any(
-        list(right[at : at + len(core)]) == core for at in range(2 * _NEAR_CUT + 1) if at + len(core) <= len(right)
-    )

@@ -30,10 +30,11 @@ from steps.artifacts.packed_parquet import SPLITS
 from steps.artifacts.record import write_text
 from steps.engine.data import report as reporting
 from steps.engine.data.chat import Conversation, DroppedError, parse
-from steps.engine.data.encoding import Encoder, Row, segments_fit
 from steps.engine.data.packed_writer import Documents, write_split
+from steps.engine.data.proofs import probe
 from steps.engine.data.reading import Chunk, DataFile, chunks
 from steps.engine.data.spool import ChunkResult, Spool
+from steps.engine.data.tiktoken_ranks import Ranks
 from steps.engine.data.tokenizer import Tokenizer
 from steps.engine.data.tokenizing import ChunkWorker, Done, Settings
 from steps.engine.data.workers import Pool
@@ -43,7 +44,6 @@ from steps.errors import StepFailed
 WORK, PLAN, REPORT = ".work", "plan.json", "report.json"
 #: Raised when the code comes to write other bytes for the same input.
 VERSION = 1
-_PROBE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ def pack_conversations(
         return report
     spool, now = _open_work(out, plan, progress)
     plan = replace(plan, tokenizer=plan.tokenizer.at(now))
-    settings = _probe(plan, progress)
-    indices = _tokenize(plan, settings, spool, progress, num_workers)
+    size = sum(file.size for file in plan.files)
+    settings, ranks = probe(plan.tokenizer, plan.settings, _sample(plan), size, progress)
+    indices = _tokenize(plan, settings, ranks, spool, progress, num_workers)
     account = reporting.Account(plan.files)
     results = [spool.read(index) for index in indices]
     for result in results:
@@ -107,6 +108,7 @@ def pack_conversations(
         "tokenizer_digest": plan.tokenizer.digest,
         "chat_template_digest": plan.tokenizer.chat_template_digest,
         "tokenized": "whole conversations" if settings.whole_text else "segments",
+        "library": "tokenizers" if ranks is None else "tiktoken",
         **account.to_dict(),
     }
     _check(account, max_drop_ratio)
@@ -147,25 +149,6 @@ def _open_work(out: Path, plan: Plan, progress: Progress) -> tuple[Spool, dateti
     return Spool(work), datetime.fromisoformat(begun["begun"])
 
 
-def _probe(plan: Plan, progress: Progress) -> Settings:
-    """Try the fast ways on the first rows and leave those that do not give the exact result."""
-    settings, tokenizer = plan.settings, plan.tokenizer
-    encoder = Encoder(tokenizer, settings.loss)
-    exact = Encoder(tokenizer, settings.loss, stream=False)
-    rows = []
-    for conversation in islice(_sample(plan), _PROBE_ROWS):
-        row, slow = _rendered(encoder, conversation), _rendered(exact, conversation)
-        if row != slow and settings.stream:
-            progress.log("finding answers by rendering every prefix: this template depends on what comes later")
-            settings = replace(settings, stream=False)
-        if slow is not None:
-            rows.append(slow)
-    if not settings.whole_text and not segments_fit(tokenizer, rows):
-        progress.log("tokenizing whole conversations: this tokenizer does not take them in segments")
-        settings = replace(settings, whole_text=True)
-    return settings
-
-
 def _sample(plan: Plan) -> Iterator[Conversation]:
     for chunk in islice(_chunks(plan), 4):
         for _, data in chunk.rows:
@@ -175,18 +158,13 @@ def _sample(plan: Plan) -> Iterator[Conversation]:
                 continue
 
 
-def _rendered(encoder: Encoder, conversation: Conversation) -> Row | None:
-    try:
-        return encoder.render(conversation)
-    except DroppedError:
-        return None
-
-
 def _chunks(plan: Plan) -> Iterator[Chunk]:
     return chunks(plan.files, plan.max_rows, plan.settings.messages_field, plan.settings.tools_field)
 
 
-def _tokenize(plan: Plan, settings: Settings, spool: Spool, progress: Progress, num_workers: int) -> list[int]:
+def _tokenize(
+    plan: Plan, settings: Settings, ranks: Ranks | None, spool: Spool, progress: Progress, num_workers: int
+) -> list[int]:
     """Tokenize every chunk that is not in the spool yet; return the numbers of all."""
     indices: list[int] = []
     totals: Counter[str] = Counter()
@@ -201,7 +179,7 @@ def _tokenize(plan: Plan, settings: Settings, spool: Spool, progress: Progress, 
                 yield chunk
 
     names, weights = [str(file.path) for file in plan.files], [file.weight for file in plan.files]
-    arguments = (plan.tokenizer, settings, weights, names, spool.directory)
+    arguments = (plan.tokenizer, settings, weights, names, ranks, spool.directory)
     with task, ExitStack() as stack:
         done: Iterator[Done]
         if num_workers > 1:

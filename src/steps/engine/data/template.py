@@ -39,6 +39,11 @@ _PRIVATE_USE = range(0x100000, 0x10FFFE)
 _PLANE_16 = re.compile("[\U00100000-\U0010ffff]")
 
 _LOOKING_AHEAD = ("last", "nextitem", "length", "revindex", "revindex0")
+_OF_LOOPS = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
+_OF_DICTS = frozenset(dir(dict))
+
+#: What the template sees the marks around a generation block as.
+_MARKS = ("__generation_start__", "__generation_end__")
 
 Message = Mapping[str, Any]
 
@@ -62,12 +67,8 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_wrap", [nodes.ContextReference()])
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _wrap(self, context: Any, caller: Any) -> str:
-        start, end = context.get("__generation_marks__") or ("", "")
-        return f"{start}{caller()}{end}"
+        start, end = (nodes.Output([nodes.Name(name, "load")]) for name in _MARKS)
+        return nodes.Scope([start, *body, end]).set_lineno(line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -75,17 +76,27 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     looked_ahead = False
 
+    # Nearly all that templates read are keys of plain dicts and public facts about loops. For these the sandbox's way
+    # to the same answer is most of the time that rendering takes: 5 of 8 microseconds a message of SmolLM2's template.
+
     def getattr(self, obj: Any, attribute: str) -> Any:
-        self._note(obj, attribute)
+        if type(obj) is dict and attribute in obj and attribute not in _OF_DICTS:
+            return obj[attribute]
+        if isinstance(obj, LoopContext):
+            self.looked_ahead |= attribute in _LOOKING_AHEAD
+            if attribute in _OF_LOOPS:
+                return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        self._note(obj, argument)
+        if type(obj) is dict:
+            try:
+                return obj[argument]
+            except (TypeError, LookupError):
+                return super().getitem(obj, argument)
+        if isinstance(obj, LoopContext):
+            self.looked_ahead |= argument in _LOOKING_AHEAD
         return super().getitem(obj, argument)
-
-    def _note(self, obj: Any, name: Any) -> None:
-        if name in _LOOKING_AHEAD and isinstance(obj, LoopContext):
-            self.looked_ahead = True
 
 
 def _raise_exception(message: str) -> None:
@@ -124,12 +135,7 @@ class ChatTemplate:
             raise ConfigError(f"the chat template is no valid Jinja2: {error.message} (line {error.lineno})") from error
         #: Names that the template reads but does not define: "tools" among them means that it can show tools.
         self.reads: frozenset[str] = frozenset(meta.find_undeclared_variables(tree))
-        self.has_generation = any(
-            isinstance(node.call, nodes.Call)
-            and isinstance(node.call.node, nodes.ExtensionAttribute)
-            and node.call.node.name == "_wrap"
-            for node in tree.find_all(nodes.CallBlock)
-        )
+        self.has_generation = any(name.name in _MARKS for name in tree.find_all(nodes.Name))
 
     @property
     def digest(self) -> str:
@@ -173,7 +179,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool, marks: tuple[str, str] | None
     ) -> dict[str, Any]:
         conversation = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
-        return {**self.variables, **conversation, "__generation_marks__": marks}
+        return {**self.variables, **conversation, **dict(zip(_MARKS, marks or ("", ""), strict=True))}
 
 
 def free_marks(text: str, count: int) -> tuple[str, ...]:

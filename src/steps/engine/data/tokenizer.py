@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from steps.engine.data.segments import TokenizersSegments
 from steps.engine.data.template import ChatTemplate, Message
 from steps.engine.data.tokenizer_files import EXTRA_TEMPLATES, Source, read
 from steps.errors import ConfigError, Problem
@@ -99,7 +100,18 @@ class Tokenizer:
 
         The same for a GGUF file and the directory saved from it; padding, post-processor and decoder do not count.
         """
-        return _digest(json.loads(self.backend.to_str()))
+        return _digest(self.description)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What stands in its tokenizer.json."""
+        described: dict[str, Any] = json.loads(self.backend.to_str())
+        return described
+
+    @cached_property
+    def segments(self) -> TokenizersSegments:
+        """What tokenizes pieces of text."""
+        return TokenizersSegments(self.backend)
 
     @property
     def chat_template(self) -> str | None:

@@ -15,6 +15,7 @@ from steps.engine.data.chat import DroppedError, parse
 from steps.engine.data.encoding import Encoder, Row
 from steps.engine.data.reading import Chunk
 from steps.engine.data.spool import ChunkResult, Spool
+from steps.engine.data.tiktoken_ranks import Ranks
 from steps.engine.data.tokenizer import Tokenizer
 from steps.errors import StepFailed
 
@@ -31,6 +32,7 @@ class Settings:
     ratios: shares of train, valid and test, 1 together.
     overlong: "drop" | "truncate" | "error" for what is longer than pack_size tokens.
     pad_multiple: documents are padded until the tokens a reader feeds the model, all but the last one, divide by this.
+    library: "tokenizers" | "tiktoken" | "auto" (tiktoken where it pays and is proven to give the same ids).
     """
 
     pack_size: int
@@ -43,6 +45,7 @@ class Settings:
     seed: int = 0
     whole_text: bool = False
     stream: bool = True
+    library: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,20 @@ class _Kept:
 
 
 class ChunkTokenizer:
-    """Turns chunks into results. `weights` and `names` of the input files, by number."""
+    """Turns chunks into results. `weights` and `names` of the input files, by number; ranks: see Encoder."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: Settings, weights: Sequence[float], names: Sequence[str]
+        self,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        weights: Sequence[float],
+        names: Sequence[str],
+        ranks: Ranks | None = None,
     ) -> None:
         self._settings, self._weights, self._names = settings, weights, names
-        self._encoder = Encoder(tokenizer, settings.loss, whole_text=settings.whole_text, stream=settings.stream)
+        self._encoder = Encoder(
+            tokenizer, settings.loss, whole_text=settings.whole_text, stream=settings.stream, ranks=ranks
+        )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = 0 if pad is None else pad
 
@@ -69,6 +79,7 @@ class ChunkTokenizer:
         result = ChunkResult(rows=len(chunk.rows), file=chunk.file)
         notes: Counter[str] = Counter({"blank_lines": chunk.blank_lines} if chunk.blank_lines else {})
         kept = list(self._render(chunk, result))
+        self._spot_check(kept, chunk)
         tokens, lengths, trained, stay = [], [], [], []
         for at in range(0, len(kept), _BATCH_ROWS):
             batch = kept[at : at + _BATCH_ROWS]
@@ -108,6 +119,16 @@ class ChunkTokenizer:
             split = _split(self._settings.ratios, _share(text, self._settings.seed, b"split"))
             kept.append(_Kept(line, row, split, copies))
         return kept
+
+    def _spot_check(self, kept: Sequence[_Kept], chunk: Chunk) -> None:
+        """Hold one row of every chunk against the tokenizer's own library. Raises StepFailed (`tiktoken_differs`)."""
+        if not kept:
+            return
+        entry = kept[chunk.index % len(kept)]
+        if not self._encoder.agrees(entry.row):
+            what = f"{self._names[chunk.file]}:{entry.line}: tiktoken gives other ids than tokenizers"
+            hint = "Set tokenizer.library=tokenizers, and tell us: this must not happen."
+            raise StepFailed(what, hint=hint, name="tiktoken_differs")
 
     def _encode(
         self, batch: Sequence[_Kept], chunk: Chunk, result: ChunkResult
@@ -164,9 +185,15 @@ class ChunkWorker:
     """A ChunkTokenizer that leaves its results in a spool: what a worker process runs."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: Settings, weights: Sequence[float], names: Sequence[str], spool: Path
+        self,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        weights: Sequence[float],
+        names: Sequence[str],
+        ranks: Ranks | None,
+        spool: Path,
     ) -> None:
-        self._tokenize = ChunkTokenizer(tokenizer, settings, weights, names)
+        self._tokenize = ChunkTokenizer(tokenizer, settings, weights, names, ranks)
         self._spool = Spool(spool)
 
     def __call__(self, chunk: Chunk) -> Done:

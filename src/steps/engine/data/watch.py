@@ -24,17 +24,19 @@ class Watch:
         self.boundaries: dict[int, int] = {}
         self.written = 0
         self.looked_ahead = False
+        self._last: int | None = None
 
     def take(self, index: int) -> None:
         """Note that the walk has come to message `index`."""
         # Taken twice, or out of order: the template walks more than once.
-        if index in self.boundaries or (self.boundaries and index != max(self.boundaries) + 1):
+        if self._last is not None and index != self._last + 1:
             self.looked_ahead = True
+        self._last = index
         self.boundaries[index] = self.written
 
     def look(self, index: int) -> None:
         """Note that message `index` was read without walking. The first one is there in every prefix."""
-        if index > max(self.boundaries, default=0):
+        if index > (self._last or 0):
             self.looked_ahead = True
 
 
