@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from steps.config.peft import names, section_class
-from steps.dispatch.accounts import size
+from steps.shapes.estimate import size
 from steps.dispatch.params import read
 from steps.errors import ConfigError
 from steps.shapes import targets

@@ -46,8 +46,10 @@ class Train(Section):
         "auto",
         description="Dtype the base computes in; auto: bfloat16 where the base is stored so and the hardware is fast",
     )
-    recompute_granularity: Literal["full"] | None = Field(
-        None, description="full: keep only each layer's input for the backward pass and compute the rest again"
+    recompute_granularity: Literal["auto", "full"] | None = Field(
+        "auto",
+        description="full: keep only each layer's input for the backward pass and compute the rest again; auto: full "
+        "where the expected memory is not there without it (engine torch)",
     )
 
 

@@ -123,5 +123,17 @@ def short(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it, in its two largest units: 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    left, parts = round(seconds), []
+    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
+        if left >= unit or (unit == 1 and not parts):
+            parts.append((left // unit, name))
+        elif parts:
+            parts.append((0, name))
+        left %= unit
+    return " ".join(f"{count} {name}" for count, name in parts[:2] if count or len(parts) == 1)
+
+
 def _finite(value: float) -> float | None:
     return value if not isinstance(value, float) or math.isfinite(value) else None
