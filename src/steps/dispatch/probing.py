@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def run(entry: Planned) -> None:
     executor = executors.get(entry.spec.executor)
     with tempfile.TemporaryDirectory(prefix="steps-probe-") as parent:
         spec = replace(entry.spec, directory=Path(parent) / entry.spec.id, probe=True)
+        os.environ["TMPDIR"] = parent  # what torchrun and others leave in there goes too
         job.create(spec, executor.render(spec))
         if code := executor.attach(spec):
             raise SystemExit(code)

@@ -124,15 +124,15 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it, in its two largest units: 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    left, parts = round(seconds), []
-    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")):
-        if left >= unit or (unit == 1 and not parts):
-            parts.append((left // unit, name))
-        elif parts:
-            parts.append((0, name))
-        left %= unit
-    return " ".join(f"{count} {name}" for count, name in parts[:2] if count or len(parts) == 1)
+    """A time as people say it, in two units at most: 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    left = round(seconds)
+    first = next((number for number, (_, size) in enumerate(units) if left >= size), len(units) - 1)
+    told = []
+    for name, size in units[first : first + 2]:
+        count, left = divmod(left, size)
+        told.append(f"{count} {name}" if count or not told else "")
+    return " ".join(filter(None, told))
 
 
 def _finite(value: float) -> float | None:

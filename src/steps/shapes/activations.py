@@ -65,14 +65,14 @@ def activations(section: Peft, model: ModelConfig, dtype: str, tokens: int, trai
         + (hidden * width + _WIDE) * has_gradient  # pointwise._RMSNorm, the final one: its input, its scale
     ) + trained * (
         2 * _INDEX  # batches.MicroBatch: trained, targets; the former kept by the indexing of train.loop.batch_loss
-        + hidden * width * has_gradient  # loss._ChunkedCrossEntropy: the gradient of its input, made in the forward pass
+        + hidden
+        * width
+        * has_gradient  # loss._ChunkedCrossEntropy: the gradient of its input, made in the forward pass
     )
     rows = min(_CHUNK_ROWS, trained)
     # loss._ChunkedCrossEntropy: this chunk in the compute dtype and, where that is another, in float32; the last one.
     logits = rows * model.vocab_size * (2 * _WIDE + (width if width < _WIDE else 0))
-    return Activations(
-        tuple(layers), tokens * hidden * width, ends, logits, _transient(model, dtype, tokens, longest)
-    )
+    return Activations(tuple(layers), tokens * hidden * width, ends, logits, _transient(model, dtype, tokens, longest))
 
 
 def _layer(
@@ -120,14 +120,16 @@ def _layer(
 def _transient(model: ModelConfig, dtype: str, tokens: int, longest: int) -> int:
     """The most that the backward pass of one layer holds at a time beside what was kept."""
     width, ffn, hidden = BYTES[dtype], model.ffn_hidden_size, model.hidden_size
-    # pointwise._SwiGLU: gradients of input (2) and output (1), sigmoid and activated (2), three products at a time; less
-    # the input of linear_fc2 (1), which is gone by then. Beside it the gradient of the residual stream.
+    # pointwise._SwiGLU: gradients of input (2) and output (1), sigmoid and activated (2), three products at a time;
+    # less the input of linear_fc2 (1), which is gone by then. Beside it the gradient of the residual stream.
     mlp = tokens * width * ((2 + 1 + 2 + 3 - 1) * ffn + hidden)
     # attention._Blocked: gradients of output, query (compute dtype), key and value (float32) over all tokens; of one
     # block its scores, weights and their gradients, float32 and narrow. Beside it the gradient of the residual stream.
     keys = min(longest, tokens)
     block = _BLOCK_ROWS * keys * model.num_attention_heads * (3 * _WIDE + (2 * width if width < _WIDE else 0))
-    attention = tokens * (width * (2 * model.query_size + hidden) + 2 * _WIDE * model.num_query_groups * model.kv_channels)
+    attention = tokens * (
+        width * (2 * model.query_size + hidden) + 2 * _WIDE * model.num_query_groups * model.kv_channels
+    )
     return max(mlp, attention + block)
 
 

@@ -34,7 +34,9 @@ DTYPES = ("float32", "bfloat16")
 def attached(case: dict, model: ModelConfig, dtype: str, *, recompute: bool = False) -> adapters.Adapters:
     settings = section(case)
     if settings.open:  # as it would settle
-        settings = settings.model_copy(update={"layer_bits": [8] * model.num_layers, "layer_ranks": [4] * model.num_layers})
+        settings = settings.model_copy(
+            update={"layer_bits": [8] * model.num_layers, "layer_ranks": [4] * model.num_layers}
+        )
     decoder = random_decoder(model, quantize=settings.held, dtype=getattr(torch, dtype), recompute=recompute)
     method = adapters.create(settings, model)
     return adapters.attach(decoder, method, targets.chosen(settings, model.num_layers), seed=3)
@@ -77,7 +79,9 @@ def measured(trained: adapters.Adapters) -> tuple[int, int]:
 def expected(case: dict, model: ModelConfig, dtype: str, trained: int) -> activations.Activations:
     settings = section(case)
     if settings.open:
-        settings = settings.model_copy(update={"layer_bits": [8] * model.num_layers, "layer_ranks": [4] * model.num_layers})
+        settings = settings.model_copy(
+            update={"layer_bits": [8] * model.num_layers, "layer_ranks": [4] * model.num_layers}
+        )
     return activations.activations(settings, model, dtype, TOKENS, trained, max(LENGTHS))
 
 

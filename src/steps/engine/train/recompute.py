@@ -13,7 +13,7 @@ from steps.engine.progress import Progress
 from steps.engine.train.distributed import World
 from steps.engine.train.plan import Plan
 from steps.engine.train.precision import compute_dtype
-from steps.shapes.estimate import Batch, Choice, Estimate, size
+from steps.shapes.estimate import Batch, Choice, Estimate
 from steps.shapes.model_config import ModelConfig
 
 
