@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from steps.config.peft import names, section_class
-from steps.dispatch.accounts import size
 from steps.dispatch.params import read
 from steps.errors import ConfigError
 from steps.shapes import targets
 from steps.shapes.account import Account
+from steps.shapes.estimate import size
 from steps.shapes.model_config import ModelConfig
 from steps.shapes.presets import preset, presets
 

@@ -181,6 +181,14 @@ class StepConfig(Section):
         """What the step's model comes to, for the sheet of a dry run; None where that is not known. Torch-free."""
         return None
 
+    def unprobed(self) -> str:
+        """Why `steps run --probe` has nothing to try in this step, for a message; '' where it has.
+
+        A step that can be probed does so where its `job.probe` says: it measures a little of its work, writes nothing
+        but its summary, and ends.
+        """
+        return "it has no part that could be tried by itself"
+
     def path_keys(self) -> Sequence[str]:
         """Dotted keys, beside those of the manifest's artifacts, whose value is a path on the machine of the job."""
         return ()

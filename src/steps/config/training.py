@@ -51,8 +51,10 @@ class Train(Section):
         description="Compile chains of elementwise operations with torch.compile (engine torch); auto: in runs so long "
         "that it pays, where there is a compiler",
     )
-    recompute_granularity: Literal["full"] | None = Field(
-        None, description="full: keep only each layer's input for the backward pass and compute the rest again"
+    recompute_granularity: Literal["auto", "full"] | None = Field(
+        "auto",
+        description="full: keep only each layer's input for the backward pass and compute the rest again; auto: full "
+        "where the expected memory is not there without it (engine torch)",
     )
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from steps.dispatch.render import figures, section
 from steps.shapes.account import Account, Kind
-
-_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+from steps.shapes.estimate import size
 
 
 def text(account: Account) -> Iterator[str]:
@@ -19,8 +18,10 @@ def text(account: Account) -> Iterator[str]:
         return
     yield from section("Memory of each process")
     held = [(row.what, row.dtype, f"{row.nbytes:,}", size(row.nbytes)) for row in account.memory]
-    total = ("total", "", f"{account.nbytes:,}", size(account.nbytes))
+    total = ("total" if account.recompute is None else "expected peak", "", f"{account.nbytes:,}", size(account.nbytes))
     yield from figures(("WHAT", "AS", "BYTES", ""), [*held, total])
+    if account.tokens_per_step is not None:
+        yield f"{account.tokens_per_step:,} tokens in an optimizer step, where every row is full"
     yield from account.notes
 
 
@@ -30,9 +31,3 @@ def _row(kind: Kind) -> tuple[str, ...]:
         return name, shape, "", parameters, "", ""
     layers = f"{kind.adapted}/{kind.count}" if kind.is_linear else ""
     return name, shape, layers, parameters, f"{kind.trainable:,}", f"{100 * kind.share:.4f}" if kind.parameters else ""
-
-
-def size(nbytes: int) -> str:
-    """Decimal, as disks and documents count: 3.34 GB."""
-    unit, name = next(((unit, name) for unit, name in _UNITS if nbytes >= unit), (1, "B"))
-    return f"{nbytes / unit:.2f} {name}" if unit > 1 else f"{nbytes} B"

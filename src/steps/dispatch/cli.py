@@ -173,6 +173,9 @@ def run(
         list[str] | None, typer.Option("--after", metavar="JOB", help="Start when this job has succeeded; repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", "-d", help="Do everything but run.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Try a few steps of it here, and tell speed, memory and the time it takes.")
+    ] = False,
     force_squash: Annotated[
         bool, typer.Option("--force-squash", help="Import the container image on the cluster anew.")
     ] = False,
@@ -189,8 +192,8 @@ def run(
         catalog.find(step),
         launch.Request(
             config=config, overrides=tuple(overrides or ()), passthrough=_passthrough, attached=attached, batch=batch,
-            env_file=env_file, after=tuple(after or ()), dry_run=dry_run, force_squash=force_squash, upstream=upstream,
-            json=json, debug=debug,
+            env_file=env_file, after=tuple(after or ()), dry_run=dry_run, probe=probe,
+            force_squash=force_squash, upstream=upstream, json=json, debug=debug,
         ),
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ class JobSpec:
     nprocs:      processes on each node (launch "torchrun"); 1 without torchrun means a plain `python -m`.
     after:       ids of the jobs that must succeed before this one starts.
     attached:    whether somebody stays until its end.
+    probe:       whether the step only tries itself (`--probe`).
     """
 
     id: str
@@ -60,6 +61,7 @@ class JobSpec:
     attached: bool = False
     force_squash: bool = False
     passthrough: tuple[str, ...] = ()
+    probe: bool = False
     debug: bool = False
 
     @property
@@ -258,4 +260,5 @@ def step_arguments(spec: JobSpec, directory: str | None = None) -> list[str]:
     """
     extra = ["--", *spec.passthrough] if spec.passthrough else []
     config = os.fspath(spec.config_path) if directory is None else f"{directory}/config.yaml"
-    return ["-m", spec.module, "--config", config, *(["--debug"] if spec.debug else []), *extra]
+    flags = [flag for flag, given in (("--probe", spec.probe), ("--debug", spec.debug)) if given]
+    return ["-m", spec.module, "--config", config, *flags, *extra]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from steps.dispatch import executors, job, sheet
+from steps.dispatch import executors, job, probing, sheet
 from steps.dispatch.job import JobSpec
 from steps.dispatch.jobs import order
 from steps.dispatch.jobs.stops import Stops
@@ -30,6 +30,7 @@ class Request:
     env_file: str | None = None
     after: tuple[str, ...] = ()
     dry_run: bool = False
+    probe: bool = False
     force_squash: bool = False
     upstream: bool = False
     json: bool = False
@@ -40,6 +41,8 @@ def run(step: Manifest, request: Request) -> None:
     """Do what was asked. Raises StepsError for what refuses the run, SystemExit with the code of a job that fails."""
     if request.attached and request.batch:
         raise UsageError("-r and -b exclude each other", hint="-r stays until the job ends, -b returns at once.")
+    if request.probe:
+        probing.refuse_options(request)
     if request.json and not request.dry_run:
         raise UsageError("--json goes with --dry-run")
     place = Place(
@@ -60,6 +63,8 @@ def run(step: Manifest, request: Request) -> None:
             _wait_for_each_other(planned)
         if request.dry_run and not request.json:
             print("\n".join(sheet.text(planned)))
+        if request.probe:
+            probing.refuse_step(planned[0])
         refuse(planned)
     except StepsError as error:
         if request.json:
@@ -71,6 +76,9 @@ def run(step: Manifest, request: Request) -> None:
         return
     for note in dict.fromkeys(note for entry in planned for note in entry.notes):
         print(f"note: {note}", file=sys.stderr)
+    if request.probe:
+        probing.run(planned[0])
+        return
     gc.enable()  # from here on this process may watch a job for days
     if request.batch:
         _submit_all(planned)

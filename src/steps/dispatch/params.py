@@ -3,7 +3,7 @@
 import json as json_text
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import Field
@@ -16,6 +16,7 @@ from steps.dispatch import complete, dotlist, render
 from steps.dispatch.accounts import text
 from steps.errors import ConfigError, Problem, StepsError
 from steps.shapes.account import Account, misfits
+from steps.shapes.estimate import Batch
 from steps.shapes.find import Found, find
 
 #: Stands for the length of the run: here it may be as long as a method wants.
@@ -28,13 +29,24 @@ class Train(Section):
     """Of `train` what decides on memory."""
 
     precision: Precision = Field("auto", description="Dtype the base computes in")
+    micro_batch_size: int = Field(1, ge=1, description="Packed rows in one forward pass of one process")
+    recompute_granularity: Literal["full"] | None = Field(
+        None, description="full: keep only each layer's input for the backward pass"
+    )
+
+
+class Recipe(Section):
+    """Of `recipe` what decides on memory."""
+
+    seq_length: int | None = Field(None, ge=2, description="Tokens in a packed row; left out: no activations")
 
 
 class Asked(Section):
     """What can be asked: sections of peft/megatron_bridge, under their names there."""
 
     peft: of_its_kind(Peft) = section("The adapter method")  # type: ignore[valid-type]
-    train: Train = section("Precision")
+    train: Train = section("Precision, rows at a time")
+    recipe: Recipe = section("Length of the rows")
 
 
 def params(
@@ -50,16 +62,21 @@ def params(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Settings: peft.type=, peft.dim=, …, train.precision=.",
+            help="Settings: peft.type=, peft.dim=, …, train.precision=, recipe.seq_length= (adds activations).",
             autocompletion=complete.asked,
             show_default=False,
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count an adapter's parameters on a model, and the memory that training it takes. Exact, and nothing is loaded."""
+    """Count an adapter's parameters on a model, and the memory that training it takes. Nothing is loaded.
+
+    Exact but for what depends on the rows, which recipe.seq_length= adds: the expected peak of a process.
+    """
     found, asked = read(model, overrides or ())
-    account = Account.of(asked.peft, found.model, asked.train.precision)
+    train, length = asked.train, asked.recipe.seq_length
+    batch = None if length is None else Batch(length, train.micro_batch_size)
+    account = Account.of(asked.peft, found.model, train.precision, batch, asked=train.recompute_granularity)
     if json:
         told = {"model": {"name": model, "source": found.where, **found.model.to_dict()}}
         print(json_text.dumps({**told, "peft": asked.peft.model_dump(), **account.to_dict()}, indent=2, default=str))

@@ -26,11 +26,13 @@ def text(planned: Sequence[Planned]) -> Iterator[str]:
         yield from section("Outputs")
         for port in entry.step.produces:
             yield f"{port.key}: {_value(entry, port.key)} ({port.type})"
+        warnings = [*entry.findings.warnings]
         if (account := entry.config.account(entry.findings.inputs)) is not None:
             from steps.dispatch import accounts
 
             yield from accounts.text(account)
-        notes = [*_notes(entry), *(f"warning: {warning}" for warning in entry.findings.warnings)]
+            warnings += account.warnings
+        notes = [*_notes(entry), *(f"warning: {warning}" for warning in warnings)]
         yield from ["", *notes] if notes else []
         for name, body in executors.get(entry.spec.executor).render(entry.spec).items():
             yield from section(f"Command ({name})")
@@ -123,8 +125,18 @@ def link(number: int, total: int, entry: Planned, status: Status) -> str:
     return f"[{number}/{total}] {name}  {entry.step.id} -c {entry.config_name}: {status.state}{after}"
 
 
+def probed(entry: Planned, summary: dict[str, Any]) -> Iterator[str]:
+    """What a probe has found."""
+    yield bold(f"{entry.step.id} probed; nothing was written")
+    yield from _facts(summary)
+
+
 def results(entry: Planned, summary: dict[str, Any], directory: Path, seconds: float) -> Iterator[str]:
     """The last lines of a job that went well."""
     yield bold(f"{entry.step.id} done in {seconds:.1f} s") + f"  (job {directory})"
+    yield from _facts(summary)
+
+
+def _facts(summary: dict[str, Any]) -> Iterator[str]:
     for key, value in summary.items():
         yield f"  {key.replace('_', ' ')}: {f'{value:,.4g}' if isinstance(value, float) else value}"

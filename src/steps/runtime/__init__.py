@@ -64,6 +64,7 @@ class Job(Generic[C]):
 
     inputs:    the opened artifacts, by config key.
     directory: where the job's own files go (metrics.jsonl, …), never an artifact.
+    probe:     measure a little of the work and tell that in the summary, instead of doing it; write no artifact.
     """
 
     config: C
@@ -73,6 +74,7 @@ class Job(Generic[C]):
     progress: Reporter
     directory: Path
     passthrough: tuple[str, ...] = ()
+    probe: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -110,22 +112,22 @@ class Job(Generic[C]):
 
 
 def main(run: Callable[[Job[Any]], None]) -> NoReturn:
-    """Run a step: `python -m steps.<category>.<step>.step --config FILE [--debug] [-- PASSTHROUGH…]`.
+    """Run a step: `python -m steps.<category>.<step>.step --config FILE [--probe] [--debug] [-- PASSTHROUGH…]`.
 
     Ends the process: 0, or the exit code of the failure, told in one message (`--debug` adds the traceback).
     """
     arguments = sys.argv[1:]
     own, passthrough = _split(arguments)
-    debug = "--debug" in own
-    own = [argument for argument in own if argument != "--debug"]
+    debug, probe = "--debug" in own, "--probe" in own
+    own = [argument for argument in own if argument not in ("--debug", "--probe")]
     manifest: Manifest | None = None
     try:
         folder = Path(sys.modules[run.__module__].__file__ or "").resolve().parent
         manifest = read_manifest(folder, folder.parents[1])
         if len(own) != 2 or own[0] != "--config":
-            raise SystemExit(f"usage: python -m {manifest.module} --config FILE [--debug] [-- PASSTHROUGH…]")
+            raise SystemExit(f"usage: python -m {manifest.module} --config FILE [--probe] [--debug] [-- PASSTHROUGH…]")
         _prepare_signals()
-        job = _open(manifest, Path(own[1]), tuple(passthrough))
+        job = _open(manifest, Path(own[1]), tuple(passthrough), probe=probe)
         try:
             run(job)
         finally:
@@ -146,7 +148,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments, []
 
 
-def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[Any]:
+def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...], *, probe: bool = False) -> Job[Any]:
     if passthrough and not manifest.run.passthrough:
         raise UsageError(f"{manifest.id} takes no arguments behind --, got {' '.join(passthrough)!r}")
     cls = importlib.import_module(manifest.schema_module).Config
@@ -157,6 +159,8 @@ def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[A
     # The dispatcher writes the step's own keys; a file that is handed straight to the step may hold others.
     adopted = cls.adopt(data, sources)
     config, _ = validate_adopted(cls, adopted)
+    if probe and (why := config.unprobed()):
+        raise UsageError(f"{manifest.id} cannot be probed: {why}")
     findings = preflight.check(manifest, config, adopted.sources)
     replace(findings, problems=tuple(as_written(adopted, findings.problems))).raise_if_any()
     directory = path.parent if (path.parent / "job.yaml").exists() else Path.cwd()
@@ -165,11 +169,11 @@ def _open(manifest: Manifest, path: Path, passthrough: tuple[str, ...]) -> Job[A
         directory,
         lines=WATCHED not in os.environ,
         active=active,
-        sinks=sinks(getattr(config, "logger", None)) if active else (),
+        sinks=sinks(getattr(config, "logger", None)) if active and not probe else (),
     )
     for message in [*adopted.notes, *(f"warning: {warning}" for warning in findings.warnings)]:
         reporter.log(message)
-    return Job(config, adopted.data, manifest, findings.inputs, reporter, directory, passthrough)
+    return Job(config, adopted.data, manifest, findings.inputs, reporter, directory, passthrough, probe)
 
 
 def _is_main() -> bool:

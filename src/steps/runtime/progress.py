@@ -123,5 +123,17 @@ def short(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it, in two units at most: 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    left = round(seconds)
+    first = next((number for number, (_, size) in enumerate(units) if left >= size), len(units) - 1)
+    told = []
+    for name, size in units[first : first + 2]:
+        count, left = divmod(left, size)
+        told.append(f"{count} {name}" if count or not told else "")
+    return " ".join(filter(None, told))
+
+
 def _finite(value: float) -> float | None:
     return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -1,4 +1,7 @@
-"""What an adapter on a model comes to, exactly, by arithmetic on the shapes. Free of torch."""
+"""What an adapter on a model comes to, by arithmetic on the shapes. Free of torch.
+
+Parameters, and the bytes that are held all the time, are exact; the peak is an estimate (estimate.py).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from steps.config.peft import Layer, Peft
 from steps.errors import Problem, Setting
 from steps.shapes import memory, targets
+from steps.shapes.estimate import Batch, Choice, Estimate
 from steps.shapes.memory import Held
 from steps.shapes.model_config import ModelConfig
 
@@ -63,24 +67,52 @@ class Kind:
 class Account:
     """Parameters by kind of module, in the order of computation, and what is held in memory by each process.
 
-    memory: empty where another engine than ours decides it.   notes: under which assumptions.
+    memory:    what is there at the peak, if the rows are known, or else what is held all the time; empty where another
+               engine than ours decides it.
+    notes:     under which assumptions.   warnings: what may go wrong.
+    recompute: whether layers are computed again for the backward pass; None where nothing is known of the rows.
     """
 
     kinds: tuple[Kind, ...]
     memory: tuple[Held, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    recompute: bool | None = None
+    tokens_per_step: int | None = None
 
     @classmethod
-    def of(cls, section: Peft, model: ModelConfig, precision: str | None = None) -> Account:
+    def of(
+        cls,
+        section: Peft,
+        model: ModelConfig,
+        precision: str | None = None,
+        batch: Batch | None = None,
+        *,
+        asked: str | None = None,
+        available: int | None = None,
+        rows_per_step: int | None = None,
+    ) -> Account:
         """The account of an adapter that fits the model (see `misfits`).
 
-        precision: `train.precision` of our engine; None leaves memory out.
+        precision:     `train.precision` of our engine; None leaves memory out.
+        batch:         None leaves out what depends on the rows.   rows_per_step: `train.global_batch_size`.
+        asked:         `train.recompute_granularity`.   available: bytes for one process, None where nobody knows.
         """
         rows = tuple(kinds(section, model))
+        tokens = None if batch is None or rows_per_step is None else batch.row_tokens * rows_per_step
         if precision is None:
-            return cls(rows)
-        held = tuple(memory.held(section, model, precision))
-        return cls(rows, held, tuple(memory.notes(model, precision)))
+            return cls(rows, tokens_per_step=tokens)
+        notes = [*memory.notes(section, model, precision)]
+        if batch is None:
+            return cls(rows, tuple(memory.held(section, model, precision)), ("activations come on top", *notes))
+        estimate = Estimate.of(section, model, precision, batch)
+        choice = Choice.of(estimate, asked, available, section, batch)
+        if choice.reason:
+            notes.append(f"train.recompute_granularity={choice.reason}")
+        return cls(
+            rows, tuple(estimate.rows(recompute=choice.recompute)), tuple(notes),
+            (choice.warning,) if choice.warning else (), choice.recompute, tokens,
+        )  # fmt: skip
 
     @property
     def total(self) -> Kind:
@@ -106,7 +138,10 @@ class Account:
             "parameters": [{**asdict(kind), "share": kind.share} for kind in (*self.kinds, self.total)],
             "memory": [asdict(held) for held in self.memory],
             "memory_bytes": self.nbytes,
+            "recompute": self.recompute,
+            "tokens_per_step": self.tokens_per_step,
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
 

@@ -1,6 +1,6 @@
 """Bytes that a training run holds from its first step to its last, by arithmetic on the shapes. Free of torch.
 
-Activations come on top: they depend on the rows, and on what the backward pass computes again.
+Activations come on top (activations.py, estimate.py): they depend on the rows.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def computed(model: ModelConfig, precision: str) -> str:
     return "bfloat16" if model.params_dtype == "bfloat16" else "float32"
 
 
-def notes(model: ModelConfig, precision: str) -> Iterator[str]:
+def notes(section: Peft, model: ModelConfig, precision: str) -> Iterator[str]:
     """What the bytes leave open."""
-    yield "activations come on top"
+    if section.open:
+        yield f"peft.type={section.type} searches first, which takes memory of its own: the base as it is stored"
     if precision == "auto" and model.params_dtype == "bfloat16":
         yield "train.precision=auto: float32, twice as wide, where the hardware is slow at bfloat16"
 

@@ -37,6 +37,19 @@ class Layer(NamedTuple):
     adapted: Sequence[tuple[int, int]]
 
 
+class Kept(NamedTuple):
+    """What an adapter keeps of the forward for the backward pass, on one linear (or part of one).
+
+    values:      of the compute dtype, for each token, beside the input of the linear.
+    input:       whether that input itself is kept, which all parts of a fused linear share.
+    fixed_bytes: whatever the tokens: factors in another dtype than they are trained in, for example.
+    """
+
+    values: int
+    input: bool = True
+    fixed_bytes: int = 0
+
+
 class Peft(Section):
     """What every adapter method has."""
 
@@ -90,6 +103,13 @@ class Peft(Section):
         """Bytes of what the method holds for such a linear beside its parameters: the start it moves away from,
         statistics of gradients, positions, …"""
         return 0
+
+    def kept(self, layer: int, out_features: int, in_features: int, dtype: str, *, has_gradient: bool) -> Kept:
+        """What the adapter of a linear of that shape keeps for the backward pass.
+
+        dtype: of the computation. has_gradient: whether the linear's input has a gradient.
+        """
+        raise NotImplementedError
 
     def wide_trainable(self, out_features: int, in_features: int) -> int:
         """How many of `trainable` stay float32 when `adapter_dtype` is narrower."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steps.config.peft import Peft, _only_torch
+from steps.config.peft import Kept, Peft, _only_torch
 from steps.errors import Problem
 
 
@@ -51,6 +51,20 @@ class LowRank(Ranked):
     def trainable(self, out_features: int, in_features: int) -> int:
         return self.dim * (out_features + in_features)
 
+    @property
+    def kept_rank(self) -> int:
+        """Rank of the product as it is computed."""
+        return self.dim
+
+    def kept(self, layer: int, out_features: int, in_features: int, dtype: str, *, has_gradient: bool) -> Kept:
+        factors = cast_bytes(self.kept_rank * (out_features + in_features), self.adapter_dtype, dtype)
+        if not self.dropout:
+            return Kept(self.kept_rank, fixed_bytes=factors)
+        if self.dropout_position == "post":
+            return Kept(self.kept_rank + out_features, fixed_bytes=factors)  # what is dropped of the output
+        # The input without what is dropped, and (for its gradient) what that is.
+        return Kept(self.kept_rank + in_features * (1 + has_gradient), input=False, fixed_bytes=factors)
+
     def only_torch(self) -> Iterator[Problem]:
         yield from super().only_torch()
         if self.lora_A_init_method == "uniform":
@@ -63,3 +77,8 @@ class LowRank(Ranked):
             return None
         own = ("dim", "alpha", "dropout", "dropout_position", "lora_A_init_method", "lora_B_init_method")
         return {name: getattr(self, name) for name in own}
+
+
+def cast_bytes(values: int, trained: str, computed: str) -> int:
+    """Bytes of a copy of that many trained values in the dtype of the computation; 0 where they are in it already."""
+    return 0 if trained == computed else values * (2 if computed == "bfloat16" else 4)

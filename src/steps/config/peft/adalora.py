@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steps.config.peft._low_rank import LowRank
+from steps.config.peft import Kept
+from steps.config.peft._low_rank import LowRank, cast_bytes
 from steps.errors import Problem
 
 
@@ -63,6 +64,13 @@ class AdaLoRA(LowRank):
     def untrained_bytes(self, out_features: int, in_features: int) -> int:
         # Two smoothed statistics for each parameter, float32, and which triplets are kept.
         return 8 * self.trainable(out_features, in_features) + self.dim
+
+    def kept(self, layer: int, out_features: int, in_features: int, dtype: str, *, has_gradient: bool) -> Kept:
+        kept = super().kept(layer, out_features, in_features, dtype, has_gradient=has_gradient)
+        # The singular values times linear_in are a new matrix, whatever the dtype; linear_out is copied like LoRA's.
+        width = 2 if dtype == "bfloat16" else 4
+        fixed = self.dim * in_features * width + cast_bytes(self.dim * out_features, self.adapter_dtype, dtype)
+        return kept._replace(fixed_bytes=fixed)
 
     def check(self, train_iters: int) -> Iterator[Problem]:
         yield from super().check(train_iters)

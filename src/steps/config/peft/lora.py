@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steps.config.peft import _only_torch
+from steps.config.peft import Kept, _only_torch
 from steps.config.peft._low_rank import LowRank
 from steps.errors import Problem
 
@@ -39,6 +39,18 @@ class LoRA(LowRank):
     def untrained_bytes(self, out_features: int, in_features: int) -> int:
         width = 2 if self.adapter_dtype == "bfloat16" else 4
         return self.trainable(out_features, in_features) * width if self.moves_the_start else 0
+
+    @property
+    def kept_rank(self) -> int:
+        return 2 * self.dim if self.moves_the_start else self.dim
+
+    def kept(self, layer: int, out_features: int, in_features: int, dtype: str, *, has_gradient: bool) -> Kept:
+        kept = super().kept(layer, out_features, in_features, dtype, has_gradient=has_gradient)
+        if not self.moves_the_start:
+            return kept
+        # The factors and their start one after the other are a copy, whatever the dtype.
+        width = 2 if dtype == "bfloat16" else 4
+        return kept._replace(fixed_bytes=self.kept_rank * (out_features + in_features) * width)
 
     def check(self, train_iters: int) -> Iterator[Problem]:
         yield from super().check(train_iters)

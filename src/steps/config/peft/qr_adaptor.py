@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from steps.config.peft import Layer, Peft, Quantization
+from steps.config.peft import Kept, Layer, Peft, Quantization
+from steps.config.peft._low_rank import cast_bytes
 from steps.errors import Problem
 from steps.shapes.targets import layer
 
@@ -89,6 +90,13 @@ class QRAdaptor(Peft):
 
     def trainable_at(self, layer: int, out_features: int, in_features: int) -> int:
         return self.rank(layer) * (out_features + in_features)
+
+    def kept(self, layer: int, out_features: int, in_features: int, dtype: str, *, has_gradient: bool) -> Kept:
+        rank = self.rank(layer)
+        factors = cast_bytes(rank * (out_features + in_features), self.adapter_dtype, dtype)
+        if not self.dropout:
+            return Kept(rank, fixed_bytes=factors)
+        return Kept(rank + in_features * (1 + has_gradient), input=False, fixed_bytes=factors)
 
     def held(self, linear: str) -> FewBits:
         return self.held_in(max(self.bits) if self.layer_bits is None else self.layer_bits[layer(linear)])

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from steps.config.peft import Kept
 from steps.config.peft._low_rank import Ranked
 from steps.errors import Problem
 
@@ -35,6 +36,16 @@ class VBLoRA(Ranked):
 
     def shared_trainable(self) -> int:
         return self.num_vectors * self.vector_length
+
+    def kept(self, layer: int, out_features: int, in_features: int, dtype: str, *, has_gradient: bool) -> Kept:
+        width = 2 if dtype == "bfloat16" else 4
+        # Both factors, mixed anew; of each sub-vector which vectors it is mixed from (int64) and how (float32), and
+        # three int64 that the embedding bag keeps of each bag.
+        fixed = self.dim * (out_features + in_features) * width
+        fixed += self.sub_vectors(out_features, in_features) * (self.topk * (8 + 4) + 3 * 8)
+        if not self.dropout:
+            return Kept(self.dim, fixed_bytes=fixed)
+        return Kept(self.dim + in_features * (1 + has_gradient), input=False, fixed_bytes=fixed)
 
     def stored(self, out_features: int, in_features: int) -> int:
         """Numbers that the adapter file holds of one linear: topk indices and topk - 1 logits for each sub-vector."""

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from steps.config.peft import Peft
+from steps.config.peft import Kept, Peft
 from steps.errors import Problem
 
 
@@ -22,6 +22,11 @@ class WaveFT(Peft):
 
     def trainable(self, out_features: int, in_features: int) -> int:
         return self.n_frequency
+
+    def kept(self, layer: int, out_features: int, in_features: int, dtype: str, *, has_gradient: bool) -> Kept:
+        # The input's transform instead of the input, an even number of features; the coefficients, scaled.
+        width = 2 if dtype == "bfloat16" else 4
+        return Kept(in_features + in_features % 2, input=False, fixed_bytes=self.n_frequency * width)
 
     def misfits(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Problem]:
         yield from super().misfits(shapes)

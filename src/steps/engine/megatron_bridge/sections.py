@@ -45,7 +45,7 @@ def derive(sections: Mapping[str, Any], base: Path, findings: Findings) -> dict[
     if train.get("recompute_granularity") == "full":
         made["model"] = {"recompute_method": "uniform", "recompute_num_layers": 1, **(made.get("model") or {})}
     elif "recompute_granularity" in train:
-        del train["recompute_granularity"]  # null: as the recipe has it
+        del train["recompute_granularity"]  # null, auto: as the recipe has it
     train.pop("compile", None)  # Megatron's own kernels are fused as they are
     _precision(train.pop("precision", "auto"), made, findings)
     return made

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steps import machine
 from steps.artifacts.record import Record
 from steps.config.peft import Peft
 from steps.engine.adapters import base as adapters
@@ -19,6 +20,7 @@ from steps.engine.data.shards import PackedSplit
 from steps.engine.model.decoder import Decoder, load_weights
 from steps.engine.model.quantization import QuantizedWeight
 from steps.engine.progress import Progress
+from steps.engine.train import recompute
 from steps.engine.train.compiling import compiled, pays
 from steps.engine.train.distributed import World, world
 from steps.engine.train.loop import Trainer, read_known
@@ -26,7 +28,7 @@ from steps.engine.train.loss import batch_loss
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan
 from steps.engine.train.precision import compute_dtype
-from steps.engine.train.resume import too_far
+from steps.engine.train.resume import find, too_far
 from steps.engine.train.saving import Position, Saver, finished, place, restore, settled_before, source
 from steps.errors import ArtifactError, ConfigError, Problem
 from steps.shapes import targets
@@ -62,6 +64,7 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         base = megatron.Checkpoint.open(plan.base_dir)
         train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
         _check_sizes(plan, here, len(train_split))
+        plan, _ = recompute.settled(plan, _shape(base), train_split, here, progress)
         found, position = source(plan), Position()
         method, documents = _method(plan, base, found, train_split, here, progress)
         trained = _model(plan, base, method, here.device, progress)
@@ -96,6 +99,51 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
             if told := trained.method.summary(trained):
                 progress.log(f"{plan.peft.type}: {told}")
         return Result(record.facts, trainer.tokens_per_second)
+
+
+#: Optimizer steps of a probe, after one that is not counted: it makes caches, kernels and the optimizer's state.
+_PROBED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a few optimizer steps came to.
+
+    tokens_per_second: over all processes.   iterations: optimizer steps that are left of the run.
+    peak_bytes, expected_bytes: of process 0 (of its GPU, where it computes on one), and what was estimated.
+    """
+
+    tokens_per_second: float
+    seconds_per_step: float
+    iterations: int
+    peak_bytes: int
+    expected_bytes: int
+
+
+def probe(plan: Plan, progress: Progress) -> Probed:
+    """Take the first steps of a run as it would take them, and measure. Nothing is written, nothing evaluated.
+
+    A method that settles its settings by a search is taken with what it has before.
+    """
+    with world() as here:
+        base = megatron.Checkpoint.open(plan.base_dir)
+        train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
+        _check_sizes(plan, here, len(train_split))
+        found = find(plan)
+        plan, estimate = recompute.settled(plan, _shape(base), train_split, here, progress)
+        trained = _model(plan, base, adapters.create(plan.peft, _shape(base)), here.device, progress)
+        optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
+        _start(plan, trained, train_split, here)
+        trainer = Trainer(plan, trained, optimizer, train_split, valid_split, here, progress)
+        speed, seconds = trainer.probe(_PROBED_STEPS)
+        on_gpu = here.device.type == "cuda"
+        return Probed(
+            speed,
+            seconds,
+            max(0, plan.train.train_iters - (0 if found is None else found.iteration)),
+            torch.cuda.max_memory_reserved(here.device) if on_gpu else machine.peak_bytes(),
+            estimate.peak(recompute=plan.train.recompute_granularity == "full"),
+        )
 
 
 def _method(
@@ -141,14 +189,13 @@ def _decoder(
     """The base model, frozen; held as a section says, or as it is."""
     shape = _shape(base)
     dtype = compute_dtype(plan.train.precision, shape.params_dtype, device)
-    recompute = plan.train.recompute_granularity == "full"
     held = None if section is None else section.quantization
     products = getattr(torch, held.compute_dtype) if held is not None and held.compute_dtype else None
     decoder = Decoder(
         shape,
         dtype=dtype,
         device=device,
-        recompute=recompute,
+        recompute=plan.train.recompute_granularity == "full",
         quantize=None if section is None else section.held,
         compute_dtype=products,
     )

@@ -72,6 +72,16 @@ class Trainer:
                     self._check_weights(position.iteration)
                     save(position)
 
+    def probe(self, steps: int) -> tuple[float, float]:
+        """Take one optimizer step and then `steps` more; tokens/s over all processes and seconds a step, of these."""
+        position, rows = Position(), []
+        with self.progress.task("probe", 1 + steps, "steps") as task:
+            for _ in range(1 + steps):
+                rows.append(self._step(position))
+                task.advance(1, tokens_per_second=rows[-1]["tokens_per_second"])
+        seconds = sum(row["seconds"] for row in rows[1:])
+        return sum(row["tokens"] for row in rows[1:]) / seconds, seconds / steps
+
     def _step(self, position: Position) -> dict[str, float]:
         """One optimizer step; moves `position` and returns its row of metrics."""
         began, plan = time.perf_counter(), self.plan

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from steps import machine
 from steps.artifacts import record
 from steps.artifacts.opening import Artifact
 from steps.config import training
@@ -19,6 +20,7 @@ from steps.errors import ArtifactError, Problem
 from steps.preflight import lookup
 from steps.shapes import targets
 from steps.shapes.account import Account, misfits
+from steps.shapes.estimate import Batch
 from steps.shapes.model_config import ModelConfig
 
 BASE, DATA = "checkpoint.pretrained_checkpoint", "dataset.nano3_packed_sft_dir"
@@ -180,8 +182,24 @@ class Config(StepConfig):
     def account(self, inputs: Mapping[str, Artifact]) -> Account | None:
         if (model := _shape(inputs)) is None or any(misfits(self.peft, model)):
             return None
-        # What Megatron-Bridge holds depends on its own settings, and on how it divides the model.
-        return Account.of(self.peft, model, self.train.precision if self.chosen_engine == "torch" else None)
+        train, env = self.train, self.run.env
+        length = self.recipe.seq_length or inputs[DATA].facts.get("pack_size") if DATA in inputs else None
+        available = None if self._elsewhere or machine.has_gpu() else machine.available_bytes()
+        return Account.of(
+            self.peft,
+            model,
+            # What Megatron-Bridge holds depends on its own settings, and on how it divides the model.
+            train.precision if self.chosen_engine == "torch" else None,
+            None if length is None else Batch(length, train.micro_batch_size),
+            asked=train.recompute_granularity,
+            available=None if available is None else available // env.processes,
+            rows_per_step=train.global_batch_size,
+        )
+
+    def unprobed(self) -> str:
+        if self.chosen_engine == "torch":
+            return ""
+        return "Megatron-Bridge trains, which takes no single steps for us (engine=torch does)"
 
     def launch_here(self) -> Iterator[Problem]:
         for key, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):

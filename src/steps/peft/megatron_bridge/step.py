@@ -5,6 +5,8 @@ from __future__ import annotations
 from steps import runtime
 from steps.artifacts.record import digest_files
 from steps.peft.megatron_bridge.schema import Config
+from steps.runtime.progress import duration
+from steps.shapes.estimate import size
 
 _REPORTED = (
     "iteration", "loss_first", "loss_last", "valid_loss_first", "valid_loss_last", "parameters", "trainable_parameters",
@@ -13,7 +15,9 @@ _REPORTED = (
 
 def run(job: runtime.Job[Config]) -> None:
     """Hand the work to the engine that the configuration chooses."""
-    if job.config.chosen_engine == "megatron_bridge":
+    if job.probe:
+        _probe(job)
+    elif job.config.chosen_engine == "megatron_bridge":
         _megatron_bridge(job)
     else:
         _torch(job)
@@ -25,6 +29,20 @@ def _torch(job: runtime.Job[Config]) -> None:
     result = finetune(job.config.plan(job.inputs), job.record("checkpoint.save"), job.progress)
     reported = {name: value for name, value in result.facts.items() if name in _REPORTED}
     job.summary(checkpoint=job.config.checkpoint.save, **reported, tokens_per_second=result.tokens_per_second)
+
+
+def _probe(job: runtime.Job[Config]) -> None:
+    from steps.engine.train.finetune import probe
+
+    found = probe(job.config.plan(job.inputs), job.progress)
+    ratio = found.peak_bytes / found.expected_bytes
+    job.summary(
+        tokens_per_second=found.tokens_per_second,
+        seconds_per_step=found.seconds_per_step,
+        peak_memory=f"{size(found.peak_bytes)}, {ratio:.2f} of the {size(found.expected_bytes)} expected",
+        time_to_finish=f"{duration(found.iterations * found.seconds_per_step)} for {found.iterations:,} steps, "
+        "evaluations and saves apart",
+    )
 
 
 def _megatron_bridge(job: runtime.Job[Config]) -> None:

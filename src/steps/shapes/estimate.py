@@ -1,0 +1,136 @@
+"""The most memory that one process of a training run with our engine will have, before it starts. Free of torch.
+
+What it holds all the time (memory.py), what a forward pass keeps for its backward pass (activations.py), what passes,
+and the process itself. benchmarks/estimate.py holds it against the kernel's account of real runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from steps.config.peft import Peft
+from steps.shapes import memory, targets
+from steps.shapes.activations import BYTES, Activations, activations
+from steps.shapes.memory import Held
+from steps.shapes.model_config import ModelConfig
+
+#: A process of the step before it has any tensor of the model: interpreter, libraries of torch and pyarrow, our modules,
+#: and what torch sets up at its first products. VmRSS after a 512 x 512 product, its backward pass and an update, torch
+#: 2.13 for CPUs, x86-64: 359 MiB, of which 205 are torch's import and 85 our modules with what they import.
+PROCESS_BYTES = 376_000_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a process computes at a time. Rows are taken as full, as one document, and as trained everywhere: the most.
+
+    row_tokens: tokens of a packed row.   rows: of a micro-batch.
+    """
+
+    row_tokens: int
+    rows: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.row_tokens * self.rows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """held: from the first step to the last.   activations: of a micro-batch.   passing: while a weight is used."""
+
+    held: tuple[Held, ...]
+    activations: Activations
+    passing: int
+    dtype: str
+
+    @classmethod
+    def of(cls, section: Peft, model: ModelConfig, precision: str, batch: Batch, *, on_gpu: bool = False) -> Estimate:
+        """precision: `train.precision`. on_gpu: leave the process itself out, which is not in the GPU's memory."""
+        dtype = memory.computed(model, precision)
+        held = [*memory.held(section, model, precision)]
+        if not on_gpu:
+            held.append(Held("the process itself", "", PROCESS_BYTES))
+        kept = activations(section, model, dtype, batch.tokens, batch.tokens, batch.row_tokens)
+        return cls(tuple(held), kept, _dequantized(section, model, dtype), dtype)
+
+    def rows(self, *, recompute: bool) -> Iterator[Held]:
+        """Everything that is in memory at the peak."""
+        yield from self.held
+        yield Held("activations", self.dtype, self.activations.kept(recompute=recompute))
+        yield Held("logits, or a layer backward", "", self.activations.passing(recompute=recompute) + self.passing)
+
+    def peak(self, *, recompute: bool) -> int:
+        """Bytes."""
+        return sum(row.nbytes for row in self.rows(recompute=recompute))
+
+
+def _dequantized(section: Peft, model: ModelConfig, dtype: str) -> int:
+    """The largest quantized weight while it is wide: float32 first, then in the dtype of the product."""
+    sizes = (
+        math.prod(targets.shape(model, name))
+        for name in targets.linear_names(model.num_layers)
+        if section.held(name) is not None
+    )
+    return max(sizes, default=0) * (BYTES["float32"] + BYTES[dtype])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether layers are computed again for the backward pass, and what there is to say of it and of the memory.
+
+    recompute: the decision.   reason: a line, '' where the configuration decided.   warning: '' where all fits.
+    """
+
+    recompute: bool
+    reason: str
+    warning: str
+
+    @classmethod
+    def of(
+        cls, estimate: Estimate, asked: str | None, available: int | None, section: Peft, batch: Batch, where: str = ""
+    ) -> Choice:
+        """asked: `train.recompute_granularity`; available: bytes for one process, None where nobody knows here.
+
+        where: whose memory that is ("of this machine").
+        """
+        plain, less = (estimate.peak(recompute=recompute) for recompute in (False, True))
+        recompute, reason = asked == "full", ""
+        if asked == "auto" and available is None:
+            reason = f"auto: decided where it runs; {size(plain)} without, {size(less)} with recomputation"
+        elif asked == "auto" and available is not None:
+            recompute = plain > available and less < plain
+            than = "above" if plain > available else "within"
+            reason = (
+                f"auto: {'full' if recompute else 'none'}; the {size(plain)} expected without are {than} the "
+                f"{size(available)} available{where}" + (f", with it {size(less)}" if recompute else "")
+            )
+        peak = less if recompute else plain
+        if available is None or peak <= available:
+            return cls(recompute, reason, "")
+        helps = list(_helps(section, batch, None if recompute else less))
+        advice = f". What helps: {', '.join(helps)}" if helps else ""
+        warning = f"the expected peak of {size(peak)} is above the {size(available)} available{where}{advice}"
+        return cls(recompute, reason, warning)
+
+
+def _helps(section: Peft, batch: Batch, recomputed: int | None) -> Iterator[str]:
+    """Settings that take less memory. recomputed: the peak with recomputation, None where that is on."""
+    if batch.rows > 1:
+        yield "train.micro_batch_size=1"
+    if recomputed is not None:
+        yield f"train.recompute_granularity=full (then {size(recomputed)})"
+    if section.quantization is None and section.type != "qr_adaptor":
+        yield "peft.quantization.type=nf4"
+    yield "rows packed shorter (pack_size)"
+
+
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+def size(nbytes: int) -> str:
+    """Decimal, as disks and documents count: 3.34 GB."""
+    unit, name = next(((unit, name) for unit, name in _UNITS if nbytes >= unit), (1, "B"))
+    return f"{nbytes / unit:.2f} {name}" if unit > 1 else f"{nbytes} B"
