@@ -18,7 +18,7 @@ from steps.shapes.model_config import ModelConfig
 BYTES = {"float32": 4, "bfloat16": 2}
 _WIDE, _INDEX = 4, 8  # float32, int64
 #: Rows of the chunked cross-entropy (engine/train/loss.py) and of a block of attention (engine/model/attention.py).
-_CHUNK_ROWS, _BLOCK_ROWS = 256, 128
+_CHUNK_ROWS, _BLOCK_ROWS = 256, 64
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def _layer(
         if model.qk_layernorm:
             # pointwise._RMSNorm of query and key: views of linear_qkv's output, which stays whole; their scales
             narrow, wide = narrow + model.qkv_size, wide + heads + groups
-        narrow += 2 * query + 2 * groups * channels  # attention._Blocked: q, out; k, v
-        wide += heads  # attention._Blocked: sums
+        narrow += query + 2 * groups * channels  # attention._Blocked: q; k, v
     linear("self_attention.linear_proj")
     if has_gradient:
         narrow, wide = narrow + hidden, wide + 1  # pointwise._RMSNorm (linear_fc1's)
@@ -120,13 +119,13 @@ def _layer(
 def _transient(model: ModelConfig, dtype: str, tokens: int, longest: int) -> int:
     """The most that the backward pass of one layer holds at a time beside what was kept."""
     width, ffn, hidden = BYTES[dtype], model.ffn_hidden_size, model.hidden_size
-    # pointwise._SwiGLU: gradients of input (2) and output (1), sigmoid and activated (2), three products at a time;
-    # less the input of linear_fc2 (1), which is gone by then. Beside it the gradient of the residual stream.
-    mlp = tokens * width * ((2 + 1 + 2 + 3 - 1) * ffn + hidden)
+    # pointwise._SwiGLU: gradients of input (2, in halves and as a whole) and output (1); less the input of linear_fc2
+    # (1), which is gone by then. Beside it the gradient of the residual stream.
+    mlp = tokens * width * ((2 + 2 + 1 - 1) * ffn + hidden)
     # attention._Blocked: gradients of output, query (compute dtype), key and value (float32) over all tokens; of one
-    # block its scores, weights and their gradients, float32 and narrow. Beside it the gradient of the residual stream.
+    # block its scores, weights and their gradients. Beside it the gradient of the residual stream.
     keys = min(longest, tokens)
-    block = _BLOCK_ROWS * keys * model.num_attention_heads * (3 * _WIDE + (2 * width if width < _WIDE else 0))
+    block = _BLOCK_ROWS * keys * model.num_attention_heads * 4 * width
     attention = tokens * (
         width * (2 * model.query_size + hidden) + 2 * _WIDE * model.num_query_groups * model.kv_channels
     )

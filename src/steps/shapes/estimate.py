@@ -16,8 +16,8 @@ from steps.shapes.activations import BYTES, Activations, activations
 from steps.shapes.memory import Held
 from steps.shapes.model_config import ModelConfig
 
-#: A process of the step before it has any tensor of the model: interpreter, libraries of torch and pyarrow, our modules,
-#: and what torch sets up at its first products. VmRSS after a 512 x 512 product, its backward pass and an update, torch
+#: A process of the step before it has any tensor of the model: interpreter, libraries of torch and pyarrow, our
+#: modules, and what torch sets up at its first products. VmRSS after a 512 x 512 product, its backward pass and an update, torch
 #: 2.13 for CPUs, x86-64: 359 MiB, of which 205 are torch's import and 85 our modules with what they import.
 PROCESS_BYTES = 376_000_000
 

@@ -198,9 +198,9 @@ def test_bfloat16_follows_float32(root):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_save(root):
-    from steps.engine.train import loop
+    from steps.engine.train import loss
 
-    calls, original = 0, loop.cross_entropy_sum
+    calls, original = 0, loss.cross_entropy_sum
 
     def explode(*arguments):
         nonlocal calls
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_save(r
         return loss * float("nan") if calls == 9 else loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "cross_entropy_sum", explode)
+        patch.setattr(loss, "cross_entropy_sum", explode)
         with pytest.raises(StepFailed, match="iteration 5: the loss is nan") as caught:
             train(root)
     assert caught.value.name == "non_finite_loss"
