@@ -69,6 +69,11 @@ def test_every_character_of_this_unicode_gets_the_same_ids():
         assert same_ids(tiktoken.encode([pieces]), plain.encode([pieces]))
 
 
+def test_an_empty_list_of_normalizers_changes_nothing():
+    described = {**description("gpt2"), "normalizer": {"type": "Sequence", "normalizers": []}}
+    assert rebuild(tokenizer(described)).normalized is False
+
+
 def test_nasty_texts_prove_nothing_wrong():
     for of in TOKENIZERS.values():
         assert prove_tiktoken(of, []).cut == rebuild(of).cut

@@ -20,8 +20,9 @@ from steps.engine.progress import Progress
 from steps.errors import StepFailed
 
 _PROBE_ROWS, _PROBE_CHARACTERS = 64, 50_000
-#: Bytes of input from which on tiktoken saves more than it takes to prove it: half a second, 2 million characters.
-_TIKTOKEN_PAYS = 4 << 20
+#: Bytes of input for each entry of the vocabulary from which on tiktoken saves more time than its proof takes: with
+#: 49,000 entries half a second, in which `tokenizers` gets through 2 MB.
+_TIKTOKEN_PAYS = 100
 #: How many tokens on each side of a cut may differ from those of the whole text (merges across the cut).
 _NEAR_CUT = 4
 #: Texts that have come out differently somewhere: blanks, digits, marks, apostrophes, scripts, half of a pair.
@@ -65,7 +66,7 @@ def _tiktoken(
     tokenizer: Tokenizer, settings: Settings, rows: Sequence[Row], size: int, progress: Progress
 ) -> Ranks | None:
     """What tiktoken needs, where it is asked for or pays, and gives the same ids."""
-    pays = size >= _TIKTOKEN_PAYS and not settings.whole_text
+    pays = size >= _TIKTOKEN_PAYS * tokenizer.vocab_size and not settings.whole_text
     if settings.library == "tokenizers" or (settings.library == "auto" and not pays):
         return None
     try:

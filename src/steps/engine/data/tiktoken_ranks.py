@@ -68,7 +68,8 @@ def rebuild(tokenizer: Tokenizer) -> Ranks:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UnfitError(f"its model has {key}")
-    normalizer = (description.get("normalizer") or {}).get("type")
+    normalizing = description.get("normalizer") or {}
+    normalizer = None if normalizing.get("normalizers") == [] else normalizing.get("type")
     if normalizer not in (None, "NFC"):
         raise UnfitError(f"its normalizer is {normalizer}")
     pattern = _pattern(description.get("pre_tokenizer"))
