@@ -72,9 +72,9 @@ def section(options: argparse.Namespace) -> str:
 
 #: Why a copy is not the floor of a conversion.
 _FLOOR = (
-    "A conversion does what `cp` does and takes two sha256 over all bytes (the base fingerprint by tensor, the artifact's "
-    "digest by file) and, in torch_dist, a crc32; a merge takes three. On a processor that hashes 1.8 GB/s these are 1.9 "
-    "and 2.8 s of one core: with two cores they, not the disk, are the floor."
+    "A conversion does what `cp` does and takes two sha256 over all bytes (the base fingerprint by tensor, the "
+    "artifact's digest by file) and, in torch_dist, a crc32; a merge takes three. On a processor that hashes 1.8 GB/s "
+    "these are 1.9 and 2.8 s of one core: with two cores they, not the disk, are the floor."
 )
 
 

@@ -25,8 +25,8 @@ from steps.engine.progress import SILENT, Progress
 from steps.errors import ArtifactError, Problem
 from steps.shapes.targets import linear_names
 
-#: (linear's full name, base weight [out, in], its adapter's tensors, shared tensors) to the merged weight, in the dtype
-#: of the base's.
+#: (linear's full name, base weight [out, in], its adapter's tensors, shared tensors) to the merged weight, of the same
+#: dtype.
 Merge = Callable[[str, Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 #: (linear's full name, base weight [out, in]) to the weight that was trained on, float32.
 Held = Callable[[str, Tensor], Tensor]
