@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-SECTIONS = ("startup",)
+SECTIONS = ("startup", "estimate")
 PACKAGES = ("torch", "transformers", "peft", "trl", "tokenizers", "tiktoken", "safetensors", "pyarrow")
 
 

@@ -128,7 +128,7 @@ def duration(seconds: float) -> str:
     units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
     left = round(seconds)
     first = next((number for number, (_, size) in enumerate(units) if left >= size), len(units) - 1)
-    told = []
+    told: list[str] = []
     for name, size in units[first : first + 2]:
         count, left = divmod(left, size)
         told.append(f"{count} {name}" if count or not told else "")
