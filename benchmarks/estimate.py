@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.side_by_side import STEPS, table, timed
 
-TOKENS, ITERS = 2048, 4
+TOKENS, ITERS = 2048, 3
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 #: Name in the table to the checkpoint_megatron.
 MODELS = {"Llama, 57M": "base57", "SmolLM2-135M": "base135"}

@@ -20,9 +20,9 @@ from steps.shapes.model_config import ModelConfig
 #: up at its first products. VmRSS after a 512 x 512 product, its backward pass and an update, torch 2.13 for CPUs,
 #: x86-64: 359 MiB, of which 211 are torch's import and 87 our modules with what they import.
 PROCESS_BYTES = 376_000_000
-#: The largest block that glibc's malloc cuts out of its heap (DEFAULT_MMAP_THRESHOLD_MAX); a larger one it maps, and
-#: gives back when it is freed.
-_HEAP_BLOCK = 32 << 20
+#: Of what a layer frees on its way forward, the share that malloc does not use again before the backward pass, and the
+#: most of it (see Estimate._holes).
+_HOLES, _MOST_HOLES = 0.75, 50 << 20
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class Estimate:
             yield Held("holes in the heap", "", self._holes(recompute=recompute))
 
     def _holes(self, *, recompute: bool) -> int:
-        """What is freed between tensors that stay and does not serve the next ones. Measured, not derived.
+        """What is freed between tensors that stay and does not serve the next ones: a fit to measurements, no law.
 
         posix_memalign, which torch allocates with, asks for a block larger by its alignment (glibc before 2.38), so
         that one of the very same size, freed, is too small. What a layer frees is lost until the backward pass has
-        freed what lies between: up to two of the largest blocks a layer, as measured at 57M and 135M parameters, in
-        float32 and bfloat16, at 2,048 and 4,096 tokens (53 to 69 MiB a layer; none with MALLOC_MMAP_THRESHOLD_ at
-        1 MiB, where bfloat16 steps take half again as long). With recomputation only the layers' inputs stay in
-        between (330 to 400 MiB at 8 layers, 660 at 30).
+        freed what lies between. Measured at 57M and 135M parameters, 2,048 and 4,096 tokens: 28 to 69 MiB a layer, more
+        with every step of the first ten or so; the largest blocks, above 32 MiB, are mapped and leave none. With
+        recomputation only the layers' inputs stay in between: 340 to 520 MiB at 8 layers, 670 at 30.
+        MALLOC_MMAP_THRESHOLD_=1048576 leaves none at all, but bfloat16 steps then take half again as long.
         """
-        each, layers = min(2 * _HEAP_BLOCK, self.activations.freed), len(self.activations.layers)
-        return each * (min(layers, 4 + layers // 5) if recompute else layers)
+        each, layers = min(int(_HOLES * self.activations.freed), _MOST_HOLES), len(self.activations.layers)
+        return each * (min(layers, 6 + layers // 4) if recompute else layers)
 
     def peak(self, *, recompute: bool) -> int:
         """Bytes."""
