@@ -4,6 +4,7 @@ This page says what the autograd functions of the engine save. Whoever changes o
 tests/unit/shapes/test_activations.py holds both against each other, by counting what autograd really holds.
 
 A frozen linear saves nothing of the tokens. Nothing is saved either before the first adapter, where no gradient goes.
+Attention is the one of a CPU; PyTorch's on a GPU keeps keys and values repeated for each head of a group.
 """
 
 from __future__ import annotations
