@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from support.packed import PACK_SIZE, SHAPE, random_rows, write_base, write_packed
@@ -26,7 +27,7 @@ def lines(text: str, title: str) -> list[str]:
 def tables(text: str) -> list[str]:
     """Every line of both tables, without the notes at the end."""
     held = lines(text, "Memory of each process")
-    last = next(number for number, line in enumerate(held) if line.startswith("total"))
+    last = next(number for number, line in enumerate(held) if line.startswith(("total", "expected peak")))
     return [*lines(text, "Parameters"), *held[: last + 1]]
 
 
@@ -41,6 +42,27 @@ def test_two_tables_that_fit_80_columns(tmp_path):
     assert " ".join(memory["weights of linears"]) == "weights of linears bfloat16 12,952,010,752 12.95 GB"
     assert " ".join(memory["total"]) == "total 14,015,799,296 14.02 GB"
     assert "activations come on top" in done.stdout
+
+
+def test_the_length_of_the_rows_adds_what_depends_on_them(tmp_path):
+    done = steps("params", "7B", "peft.dim=16", "recipe.seq_length=4096", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, tables(done.stdout))) <= 80
+    held, memory = (
+        rows(text, "Memory of each process")
+        for text in (steps("params", "7B", "peft.dim=16", cwd=tmp_path).stdout, done.stdout)
+    )
+    assert {name: memory.get(name) for name in held if name != "total"} == {
+        name: cells for name, cells in held.items() if name not in ("total", "activations come on top")
+    } | {"activations come on top": None}
+    assert {"activations", "logits, or a layer backward", "the process itself", "expected peak"} <= set(memory)
+    less = steps(
+        "params", "7B", "peft.dim=16", "recipe.seq_length=4096", "train.recompute_granularity=full", cwd=tmp_path
+    ).stdout  # fmt: skip
+    first, second = (
+        int(text["expected peak"][2].replace(",", "")) for text in (rows(less, "Memory of each process"), memory)
+    )
+    assert 14 * 10**9 < first < second
 
 
 def test_the_largest_numbers_fit_too(tmp_path):
@@ -87,7 +109,7 @@ def test_a_checkpoint_that_steps_made(tmp_path):
         (["7B", "peft.type=lorra"], 3, ["Did you mean lora?"]),
         (["7B", "peft.dim=0"], 3, ["peft.dim: 0 is out of range"]),
         (["7B", "peft=5"], 3, ["peft"]),
-        (["7B", "train.train_iters=5"], 3, ["train.train_iters: unknown key", "Allowed: precision"]),
+        (["7B", "train.train_iters=5"], 3, ["train.train_iters: unknown key", "Allowed: micro_batch_size, precision"]),
         (["7B", "train.precision=float16"], 3, ["train.precision: 'float16' is not one of the choices"]),
         (["smollm2-135m", "peft.dim=1000"], 3, ["peft.dim: rank 1000 is above that of", "Allowed: 1 to 576"]),
         (["7B", "peft.target_modules=[q_proj, linear_fc3]"], 3, [
@@ -138,16 +160,44 @@ def root(tmp_path_factory):
 
 
 def test_a_dry_run_shows_the_same_account(root):
-    done = dry_run(root, "peft.dim=4", "train.precision=float32")
+    settings = ("peft.dim=4", "train.precision=float32", "train.recompute_granularity=full", "train.micro_batch_size=2")
+    done = dry_run(root, *settings)
     assert done.returncode == 0, done.stderr
-    told = steps("params", "base", "peft.dim=4", "train.precision=float32", cwd=root).stdout
-    for title in ("Parameters", "Memory of each process"):
-        assert rows(done.stdout, title) == rows(told, title) != {}
-    data = json.loads(dry_run(root, "peft.dim=4", "train.precision=float32", "--json").stdout)
-    same = json.loads(steps("params", "base", "peft.dim=4", "train.precision=float32", "--json", cwd=root).stdout)
-    assert data["steps"][0]["account"] == {
-        name: same[name] for name in ("parameters", "memory", "memory_bytes", "notes")
-    }
+    asked = ("params", "base", *settings, f"recipe.seq_length={PACK_SIZE}")
+    told = steps(*asked, cwd=root).stdout
+    assert tables(done.stdout) == tables(told)
+    assert f"{4 * PACK_SIZE} tokens in an optimizer step, where every row is full" in done.stdout
+    data = json.loads(dry_run(root, *settings, "--json").stdout)
+    same = json.loads(steps(*asked, "--json", cwd=root).stdout)
+    account = data["steps"][0]["account"]
+    assert account.pop("tokens_per_step") == 4 * PACK_SIZE
+    assert account == {name: same[name] for name in account}
+    assert {"memory_bytes", "recompute", "notes", "warnings"} <= account.keys()
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", "auto: none; the "), ("null", ""), ("full", "")])
+def test_a_dry_run_says_whether_layers_are_computed_again(root, asked, told):
+    done = dry_run(root, "peft.dim=4", f"train.recompute_granularity={asked}")
+    assert done.returncode == 0, done.stderr
+    assert f"train.recompute_granularity={told}" in done.stdout or not told
+    account = json.loads(dry_run(root, "peft.dim=4", f"train.recompute_granularity={asked}", "--json").stdout)
+    assert account["steps"][0]["account"]["recompute"] is (asked == "full")
+
+
+def test_a_model_that_is_too_large_here_is_warned_of_and_not_refused(tmp_path):
+    huge = replace(SHAPE, num_layers=100, ffn_hidden_size=2**24)  # 190 GB; the record tells it, and nothing is loaded
+    write_base(tmp_path / "base")
+    record = json.loads((tmp_path / "base/artifact.json").read_text())
+    record["facts"]["model"] = huge.to_dict()
+    (tmp_path / "base/artifact.json").write_text(json.dumps(record))
+    write_packed(tmp_path / "packed", random_rows(8), random_rows(2, seed=9))
+    done = dry_run(tmp_path, "peft.dim=4", "train.micro_batch_size=2")
+    assert done.returncode == 0, done.stderr
+    assert "train.recompute_granularity=auto: full; the " in done.stdout
+    (warning,) = [line for line in done.stdout.splitlines() if line.startswith("warning: the expected peak of ")]
+    assert "available. What helps: train.micro_batch_size=1, peft.quantization.type=nf4, rows packed" in warning
+    (told,) = json.loads(dry_run(tmp_path, "peft.dim=4", "--json").stdout)["steps"][0]["account"]["warnings"]
+    assert told.startswith("the expected peak of ")
 
 
 def test_what_another_engine_holds_is_not_told(root):

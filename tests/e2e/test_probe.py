@@ -71,7 +71,9 @@ def test_methods_that_look_at_data_first(root, settings):
 
 def test_a_failure_is_told_as_in_a_run(root):
     before = everything(root)
-    done = probe(root, "optimizer.lr=1e30", "optimizer.min_lr=1e30", "optimizer.clip_grad=0", "scheduler.lr_warmup_iters=0")
+    done = probe(
+        root, "optimizer.lr=1e30", "optimizer.min_lr=1e30", "optimizer.clip_grad=0", "scheduler.lr_warmup_iters=0"
+    )
     assert done.returncode == 1
     assert "non_finite_loss" in done.stdout + done.stderr
     assert everything(root) == before
@@ -83,7 +85,11 @@ def test_a_failure_is_told_as_in_a_run(root):
         (["-d"], 2, "--probe and -d exclude each other"),
         (["-b", "local"], 2, "--probe and -b exclude each other"),
         (["--upstream"], 2, "--probe and --upstream exclude each other"),
-        (["-r", "lepton_peft_megatron_bridge", "train.global_batch_size=8"], 2, "runs its jobs with lepton, but --probe runs here"),
+        (
+            ["-r", "lepton_peft_megatron_bridge", "train.global_batch_size=8"],
+            2,
+            "runs its jobs with lepton, but --probe runs here",
+        ),
         (["engine=megatron_bridge", "recipe._target_=a.b"], 2, "cannot be probed: Megatron-Bridge trains"),
         (["peft.dmi=3"], 3, "peft.dmi: unknown key"),
         (["checkpoint.pretrained_checkpoint=nowhere"], 4, "nowhere"),

@@ -71,7 +71,8 @@ def test_a_gpu_is_seen_by_its_device(tmp_path):
 
 
 def test_this_machine_and_this_process():
-    total = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").open() if line.startswith("MemTotal"))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
     available = machine.available_bytes()
     assert available is not None
     assert 0 < available < total

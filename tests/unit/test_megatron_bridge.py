@@ -350,7 +350,8 @@ def test_words_of_the_torch_engine(bridge: Callable[..., Any]) -> None:
     assert made.train.eval_interval == 10  # zero would divide there
     model = made.model
     assert (model.recompute_granularity, model.recompute_method, model.recompute_num_layers) == ("full", "uniform", 1)
-    assert bridge(train={"recompute_granularity": None}).model.recompute_granularity == "selective"
+    for left_to_it in (None, "auto"):
+        assert bridge(train={"recompute_granularity": left_to_it}).model.recompute_granularity == "selective"
     log: list[str] = []
     assert bridge(mixed_precision=None, train={"precision": "bfloat16"}, log=log).mixed_precision is None
     assert "train.precision gives way to mixed_precision" in log

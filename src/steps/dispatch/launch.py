@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from steps.dispatch import executors, job, probing, sheet
+from steps.dispatch import executors, job, sheet
 from steps.dispatch.job import JobSpec
 from steps.dispatch.jobs import order
 from steps.dispatch.jobs.stops import Stops
@@ -42,6 +42,8 @@ def run(step: Manifest, request: Request) -> None:
     if request.attached and request.batch:
         raise UsageError("-r and -b exclude each other", hint="-r stays until the job ends, -b returns at once.")
     if request.probe:
+        from steps.dispatch import probing
+
         probing.refuse_options(request)
     if request.json and not request.dry_run:
         raise UsageError("--json goes with --dry-run")

@@ -4,11 +4,11 @@ This page says what the autograd functions of the engine save. Whoever changes o
 tests/unit/shapes/test_activations.py holds both against each other, by counting what autograd really holds.
 
 A frozen linear saves nothing of the tokens. Nothing is saved either before the first adapter, where no gradient goes.
+Attention is the one of a CPU; PyTorch's on a GPU keeps keys and values repeated for each head of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from steps.config.peft import Peft
@@ -30,6 +30,7 @@ class Activations:
     ends:      what lies before and behind the layers.
     logits:    the largest piece of logits with what is made of it, while it lasts.
     transient: beside what is kept, while one layer is walked backward.
+    freed:     what a layer makes and lets go of again on its way forward, all of it together.
     """
 
     layers: tuple[int, ...]
@@ -37,6 +38,7 @@ class Activations:
     ends: int
     logits: int
     transient: int
+    freed: int
 
     def kept(self, *, recompute: bool) -> int:
         """What stays from the forward to the backward pass."""
@@ -72,7 +74,10 @@ def activations(section: Peft, model: ModelConfig, dtype: str, tokens: int, trai
     rows = min(_CHUNK_ROWS, trained)
     # loss._ChunkedCrossEntropy: this chunk in the compute dtype and, where that is another, in float32; the last one.
     logits = rows * model.vocab_size * (2 * _WIDE + (width if width < _WIDE else 0))
-    return Activations(tuple(layers), tokens * hidden * width, ends, logits, _transient(model, dtype, tokens, longest))
+    return Activations(
+        tuple(layers), tokens * hidden * width, ends, logits, _transient(model, dtype, tokens, longest),
+        _freed(model, dtype, tokens),
+    )  # fmt: skip
 
 
 def _layer(
@@ -132,7 +137,13 @@ def _transient(model: ModelConfig, dtype: str, tokens: int, longest: int) -> int
     return max(mlp, attention + block)
 
 
-def rows(found: Activations, *, recompute: bool) -> Iterator[tuple[str, int]]:
-    """The same by name, for an account."""
-    yield "activations kept", found.kept(recompute=recompute)
-    yield "logits, or a layer backward", found.passing(recompute=recompute)
+def _freed(model: ModelConfig, dtype: str, tokens: int) -> int:
+    """What one layer makes on its way forward and nobody keeps."""
+    width, hidden, query = BYTES[dtype], model.hidden_size, model.query_size
+    turned = query + model.num_query_groups * model.kv_channels
+    # pointwise._RMSNorm, twice: the squares, the normed values, and their input where it has to be widened first.
+    wide = 2 * hidden * (2 if width == _WIDE else 3)
+    # linear_qkv's output; rotary.rotate: six halves of queries and keys, and all of them; attention.attend: the scaled
+    # query; linear_proj's and linear_fc2's outputs, which become part of the stream; pointwise._SwiGLU: silu(gate).
+    narrow = model.qkv_size + 4 * turned + query + 2 * hidden + model.ffn_hidden_size
+    return tokens * (wide * _WIDE + narrow * width)

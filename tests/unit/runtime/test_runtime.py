@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
 from steps.errors import ConfigError, StepFailed, understand
-from steps.runtime.progress import Reporter, short
+from steps.runtime.progress import Reporter, duration, short
 from steps.runtime.sinks import sinks
 
 
@@ -63,6 +65,28 @@ def test_a_place_that_cannot_be_written_stops_the_bar_not_the_work(tmp_path, cap
 
 def test_short():
     assert [short(value) for value in (1, 1234.0, 0.012345, 123.456, 5.0)] == ["1", "1,234", "0.01235", "123.5", "5"]
+
+
+def test_duration():
+    told = {
+        0.4: "0 s",
+        45: "45 s",
+        60: "1 min",
+        200: "3 min 20 s",
+        7_500: "2 h 5 min",
+        7_205: "2 h",
+        273_600: "3 d 4 h",
+    }
+    assert {seconds: duration(seconds) for seconds in told} == told
+
+
+def test_a_step_without_anything_to_try_never_runs_for_a_probe(tmp_path):
+    (tmp_path / "config.yaml").write_text("dataset_json: nowhere\noutput_dir: chat\n")
+    command = [sys.executable, "-m", "steps.data_prep.demo_chat.step", "--config", "config.yaml", "--probe"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: data_prep/demo_chat cannot be probed: it has no part that could be tried by itself" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

@@ -48,7 +48,10 @@ def test_the_reason_says_both_figures():
 
 def test_the_warning_names_what_helps_and_nothing_that_is_done_already():
     told = choose(None, 10**9).warning
-    assert "is above the 1.00 GB available. What helps: train.micro_batch_size=1, train.recompute_granularity=full (" in told
+    assert (
+        "is above the 1.00 GB available. What helps: train.micro_batch_size=1, train.recompute_granularity=full ("
+        in told
+    )
     assert "peft.quantization.type=nf4" in told
     quantized = section_class("lora")(dim=16, quantization=Quantization())
     told = choose("full", 10**9 // 2, quantized, Batch(2048)).warning

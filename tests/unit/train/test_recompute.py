@@ -84,5 +84,3 @@ def test_what_was_set_is_not_decided(trained):
     lines, _, often = trained("full", 10**12, recompute_granularity="full")
     assert often > 0
     assert not any("recompute" in line for line in lines)
-
-

@@ -39,9 +39,10 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """By dotted key, everything that a run may not change when it goes on from a checkpoint.
 
-        Not in it: train_iters (a run may go on longer), what only splits or places the same work differently (micro
-        batches, processes, offload), and how often it is evaluated, logged and saved. The dtype it computes in may not
-        change either, but is known only where it runs: `mismatches` and `saving.restore` look at it.
+        Not in it: train_iters (a run may go on longer), what only splits, places or repeats the same work (micro
+        batches, processes, offload, recomputation), and how often it is evaluated, logged and saved. The dtype it
+        computes in may not change either, but is known only where it runs: `mismatches` and `saving.restore` look at
+        it.
         """
         sections: dict[str, dict[str, Any]] = {
             "peft": self.peft.model_dump(),
