@@ -20,9 +20,9 @@ from steps.shapes.model_config import ModelConfig
 #: up at its first products. VmRSS after a 512 x 512 product, its backward pass and an update, torch 2.13 for CPUs,
 #: x86-64: 359 MiB, of which 211 are torch's import and 87 our modules with what they import.
 PROCESS_BYTES = 376_000_000
-#: Of what a layer frees on its way forward, the share that malloc does not use again before the backward pass, and the
-#: most of it (see Estimate._holes).
-_HOLES, _MOST_HOLES = 0.75, 50 << 20
+#: Holes in the heap, a fit (see Estimate._holes): bytes at once; of each layer for a byte of the compute dtype; and of
+#: that with recomputation; where a layer frees so much.
+_HOLES, _LAYER_HOLES, _RECOMPUTED = 230_000_000, 15_000_000, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,15 @@ class Estimate:
         """What is freed between tensors that stay and does not serve the next ones: a fit to measurements, no law.
 
         posix_memalign, which torch allocates with, asks for a block larger by its alignment (glibc before 2.38), so
-        that one of the very same size, freed, is too small. What a layer frees is lost until the backward pass has
-        freed what lies between. Measured at 57M and 135M parameters, 2,048 and 4,096 tokens: 28 to 69 MiB a layer, more
-        with every step of the first ten or so; the largest blocks, above 32 MiB, are mapped and leave none. With
-        recomputation only the layers' inputs stay in between: 340 to 520 MiB at 8 layers, 670 at 30.
-        MALLOC_MMAP_THRESHOLD_=1048576 leaves none at all, but bfloat16 steps then take half again as long.
+        that one of the very same size, freed, is too small, until the backward pass has freed what lies around it.
+        Measured at 57M and 135M parameters, float32 and bfloat16, 2,048 and 4,096 tokens, with and without
+        recomputation: 340 MB to 2.2 GB, 7 % more or less from run to run, more with every step of the first few. That
+        twice the tokens lose no more is due to blocks above 32 MiB, which are mapped and given back.
+        MALLOC_MMAP_THRESHOLD_=1048576 has all of them mapped: no holes, but bfloat16 steps take half again as long.
         """
-        each, layers = min(int(_HOLES * self.activations.freed), _MOST_HOLES), len(self.activations.layers)
-        return each * (min(layers, 6 + layers // 4) if recompute else layers)
+        freed, layers = self.activations.freed, len(self.activations.layers)
+        each = min(0.75 * freed, _LAYER_HOLES * BYTES[self.dtype]) * (_RECOMPUTED if recompute else 1)
+        return int(min(4 * freed, _HOLES) + each * layers)
 
     def peak(self, *, recompute: bool) -> int:
         """Bytes."""
