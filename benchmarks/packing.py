@@ -86,11 +86,11 @@ def _of_package(name: str) -> Path:
 def _measure(work: Path, tokenizer: Path, data: Path, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """What each contender said, by round."""
     source, size = [str(data), str(tokenizer)], str(PACK_SIZE)
-    commands = {
-        "auto": ("packing_ours", [*source, "auto", size, str(work / "auto")]),
+    commands = {  # neighbours are compared: what a shared machine does changes from minute to minute
+        "raw": ("packing_raw", source),
         "tokenizers": ("packing_ours", [*source, "tokenizers", size, str(work / "tokenizers")]),
         "script": ("packing_template", [*source, size, str(work / "script.parquet")]),
-        "raw": ("packing_raw", source),
+        "auto": ("packing_ours", [*source, "auto", size, str(work / "auto")]),
     }
     with ExitStack() as stack:
         turns = {}
