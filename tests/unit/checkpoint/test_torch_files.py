@@ -47,7 +47,9 @@ def test_torch_loads_what_is_written(shape, dtype, tmp_path):
 
 
 def test_values_are_aligned_as_torch_aligns_them_so_that_they_can_be_mapped(tmp_path):
-    torch_file.save({"a": stored(values((3,), torch.int8)), "b": stored(values((5,), torch.float32))}, tmp_path / "x.pt")
+    torch_file.save(
+        {"a": stored(values((3,), torch.int8)), "b": stored(values((5,), torch.float32))}, tmp_path / "x.pt"
+    )
     mapped = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
     assert torch.equal(mapped["b"], values((5,), torch.float32))
     assert mapped["b"].data_ptr() % 64 == 0
