@@ -66,7 +66,8 @@ def section(options: argparse.Namespace) -> str:
         "2,048), LoRA of rank 16 on every linear. Whole commands, start and imports included, each followed by `sync`; "
         "lower is better.\n\n"
         + table([row.row() for row in rows])
-        + f"\n\nPeak memory of the conversions, resident: {peaks}. " + _FLOOR
+        + f"\n\nPeak memory of the conversions, resident: {peaks}. Load of the machine over the last five minutes: "
+        f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores. " + _FLOOR
     )  # fmt: skip
 
 
