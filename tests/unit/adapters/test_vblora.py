@@ -85,7 +85,7 @@ def test_the_file_holds_the_bank_the_indices_and_a_logit_less_than_these(root, t
     assert {name: tensor.shape for name, tensor in adapter.shared.items()} == {"vector_bank": (num_vectors, 16)}
     numbers = size = 0
     for entry in adapter.linears.values():
-        assert {name: tensor.dtype for name, tensor in entry.items()} == {
+        assert {name: getattr(torch, tensor.dtype) for name, tensor in entry.items()} == {
             "linear_in.indices": dtype, "linear_in.logits": torch.float32,
             "linear_out.indices": dtype, "linear_out.logits": torch.float32,
         }  # fmt: skip
