@@ -6,13 +6,17 @@ import shutil
 
 import pytest
 import torch
-from support.packed import random_rows, write_base, write_packed
-from unit.train.test_loop import adapter, train
+from support.packed import config, random_rows, write_base, write_packed
+from unit.train.test_loop import Recording, adapter, train
 
+from steps.artifacts.opening import open_artifact
+from steps.config.validate import validate
 from steps.engine.checkpoint.megatron import Checkpoint
 from steps.engine.model import fusion
 from steps.engine.train import compiling
+from steps.engine.train.finetune import probe
 from steps.errors import ConfigError
+from steps.peft.megatron_bridge.schema import BASE, DATA, Config
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 
@@ -46,6 +50,18 @@ def test_a_compiled_run_is_compiled_again_when_it_goes_on_and_ends_in_the_same_b
     assert any(line.startswith("torch.compile: ") for line in resumed.lines)
     for name, tensor in adapter(root).items():
         assert torch.equal(tensor, whole[name]), name
+
+
+@needs_compiler
+def test_a_probe_is_compiled_as_its_run_would_be(root):
+    progress, (typed, _) = Recording(), validate(Config, config(root, train={"compile": "always"}))
+    inputs = {
+        DATA: open_artifact(str(root / "packed"), "packed_parquet", DATA),
+        BASE: open_artifact(str(root / "base"), "checkpoint_megatron", BASE),
+    }
+    assert probe(typed.plan(inputs), progress).tokens_per_second > 0
+    assert any(line.startswith("torch.compile: 6 pieces in ") for line in progress.lines)
+    assert not (root / "lora").exists()
 
 
 def test_a_short_run_is_not_compiled(root):

@@ -135,7 +135,9 @@ def probe(plan: Plan, progress: Progress) -> Probed:
         optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
         _start(plan, trained, train_split, here)
         trainer = Trainer(plan, trained, optimizer, train_split, valid_split, here, progress)
-        speed, seconds = trainer.probe(_PROBED_STEPS)
+        by_itself = _compiled_by_itself(plan, trained, Position(), train_split, here)
+        with compiled(plan.train.compile, by_itself=by_itself, device=here.device, progress=progress):
+            speed, seconds = trainer.probe(_PROBED_STEPS)
         on_gpu = here.device.type == "cuda"
         return Probed(
             speed,

@@ -53,7 +53,7 @@ class Trainer:
         Raises StepFailed (`non_finite_loss`, `no_trained_tokens`) before such a step changes anything.
         """
         train = self.plan.train
-        warm_up(self.adapters, self._read(self.train_split, [self._order[position.consumed_samples]]), self.progress)
+        self._warm_up(position)
         if position.iteration == 0:
             self._report_evaluation(position)
         with self.progress.task("train", train.train_iters, "steps", start=position.iteration) as task:
@@ -75,12 +75,16 @@ class Trainer:
     def probe(self, steps: int) -> tuple[float, float]:
         """Take one optimizer step and then `steps` more; tokens/s over all processes and seconds a step, of these."""
         position, rows = Position(), []
+        self._warm_up(position)
         with self.progress.task("probe", 1 + steps, "steps") as task:
             for _ in range(1 + steps):
                 rows.append(self._step(position))
                 task.advance(1, tokens_per_second=rows[-1]["tokens_per_second"])
         seconds = sum(row["seconds"] for row in rows[1:])
         return sum(row["tokens"] for row in rows[1:]) / seconds, seconds / steps
+
+    def _warm_up(self, position: Position) -> None:
+        warm_up(self.adapters, self._read(self.train_split, [self._order[position.consumed_samples]]), self.progress)
 
     def _step(self, position: Position) -> dict[str, float]:
         """One optimizer step; moves `position` and returns its row of metrics."""
