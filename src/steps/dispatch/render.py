@@ -135,7 +135,7 @@ def step_page(step: Manifest, parameters: Sequence[Mapping[str, Any]]) -> Iterat
     yield from (f"{name:<{size}}  {value}" for name, value in shown.items())
 
 
-def number(value: float) -> str:
+def four_digits(value: float) -> str:
     """Four digits, or all before the point where these are more: 0.0123, 82.38, 10,190. Never 1.019e+04."""
     return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 

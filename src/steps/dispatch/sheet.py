@@ -9,7 +9,7 @@ from typing import Any
 from steps.dispatch import executors
 from steps.dispatch.job import MASK, JobSpec, Status
 from steps.dispatch.plan import Planned
-from steps.dispatch.render import annotated, bold, number, section
+from steps.dispatch.render import annotated, bold, four_digits, section
 
 _FACTS = ("pack_size", "method", "dim", "family", "parameters", "dtype", "iteration")
 
@@ -139,4 +139,4 @@ def results(entry: Planned, summary: dict[str, Any], directory: Path, seconds: f
 
 def _facts(summary: dict[str, Any]) -> Iterator[str]:
     for key, value in summary.items():
-        yield f"  {key.replace('_', ' ')}: {number(value) if isinstance(value, float) else value}"
+        yield f"  {key.replace('_', ' ')}: {four_digits(value) if isinstance(value, float) else value}"

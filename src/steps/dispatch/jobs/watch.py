@@ -71,9 +71,7 @@ class Watch:
 
 
 def _short(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
+    return four_digits(value) if isinstance(value, float) else str(value)
 
 
 def _bars() -> Any:
