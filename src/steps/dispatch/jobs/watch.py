@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from steps.dispatch.render import four_digits
+
 _BAR_SECONDS = 0.2
 
 
