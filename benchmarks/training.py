@@ -78,6 +78,11 @@ def section(options: argparse.Namespace) -> str:
                 done = [gflop / turn["seconds"] for gflop, turn in zip(work, found[group]["ours"], strict=True)]
                 peak = [turn["flops"] / turn["seconds"] / 1e9 for turn in found[group]["peak"]]
                 shares.append(Comparison(f"{what}, {group}", "matrix product", done, peak, "GFLOP/s", owed, goal).row())
+    return page(speed, memory, shares)
+
+
+def page(speed: Sequence[list[str]], memory: Sequence[list[str]], shares: Sequence[list[str]]) -> str:
+    """The section made of these rows."""
     return "\n\n".join(
         (
             "## Training",

@@ -72,8 +72,8 @@ def activations(section: Peft, model: ModelConfig, dtype: str, tokens: int, trai
         * has_gradient  # loss._ChunkedCrossEntropy: the gradient of its input, made in the forward pass
     )
     rows = min(_CHUNK_ROWS, trained)
-    # loss._ChunkedCrossEntropy: this chunk in the compute dtype and, where that is another, in float32; the last one.
-    logits = rows * model.vocab_size * (2 * _WIDE + (width if width < _WIDE else 0))
+    # loss._ChunkedCrossEntropy: one buffer in the compute dtype and, where that is another, a chunk in float32.
+    logits = rows * model.vocab_size * (width + (_WIDE if width < _WIDE else 0))
     return Activations(
         tuple(layers), tokens * hidden * width, ends, logits, _transient(model, dtype, tokens, longest),
         _freed(model, dtype, tokens),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from steps.engine.data.batches import MicroBatch
 from steps.engine.model.decoder import Decoder
@@ -17,17 +16,18 @@ CHUNK_ROWS = 256
 
 
 @fused
-def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each row, [n, 1] in float32 or wider, and softmax(logits) in logits' dtype.
+def _softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    """Make softmax(logits) of logits [n, vocab], in place; returns the loss of each row, [n, 1], float32 or wider.
 
-    logits: [n, vocab], may be overwritten; targets: [n, 1].
+    targets: [n, 1].
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = wide.amax(-1, keepdim=True)
     chosen = wide.gather(1, targets)
     weights = wide.sub_(largest).exp_()
     sums = weights.sum(-1, keepdim=True)
-    return sums.log() + largest - chosen, weights.div_(sums).to(logits.dtype)
+    logits.copy_(weights.div_(sums))
+    return sums.log() + largest - chosen
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -37,14 +37,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type == "cpu" else wide, device=hidden.device)
         # The gradient is made here, while a chunk's logits are at hand; the backward pass only scales it.
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # One buffer for all chunks: fresh memory costs as much as the softmax.
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            losses, probabilities = _softmax(F.linear(part, weight), target)
+            logits = torch.mm(part, weight.T, out=buffer[: len(part)])
+            losses = _softmax(logits, target)
             total += losses.sum(dtype=total.dtype)
             if gradient is not None:
-                # Less 1 at the target: exp(-loss) - 1 without the rounding of a probability near 1.
-                d_logits = probabilities.scatter_(1, target, torch.expm1(-losses).to(probabilities.dtype))
-                torch.mm(d_logits, weight, out=gradient[start : start + rows])
+                # Less 1 at the target: exp(-loss) - 1 without the rounding of a probability near 1. By index, since
+                # scatter_ copies all of a bfloat16 tensor.
+                row = torch.arange(len(part), device=part.device)
+                logits[row, target[:, 0]] = torch.expm1(-losses[:, 0]).to(logits.dtype)
+                torch.mm(logits, weight, out=gradient[start : start + rows])
         ctx.save_for_backward(gradient)
         return total
 
