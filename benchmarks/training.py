@@ -87,7 +87,7 @@ def page(speed: Sequence[list[str]], memory: Sequence[list[str]], shares: Sequen
         (
             "## Training",
             "LoRA of rank 16 on all linears, one packed row of 2,048 tokens a step (chitchat, two or three documents a "
-            "row, half of the tokens trained); 57M: Llama with 8 layers of 512, random; 135M: SmolLM2. `peft` is "
+            "row, two fifths of the tokens trained); 57M: Llama with 8 layers of 512, random; 135M: SmolLM2. `peft` is "
             "transformers + peft.",
             table(speed),
             "Peak memory of the process, VmHWM:",

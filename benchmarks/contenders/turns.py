@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from steps.machine import peak_bytes
 
 _ANSWERS = "BENCH_ANSWERS"
 
@@ -39,9 +40,3 @@ class Turns:
 
     def _say(self, answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=self._answers, flush=True)
-
-
-def peak_bytes() -> int:
-    """The most memory this process has had in use, by the kernel's account (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

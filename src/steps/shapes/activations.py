@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from steps.config.peft import Peft
 from steps.shapes import targets
+from steps.shapes.memory import BYTES
 from steps.shapes.model_config import ModelConfig
 
-BYTES = {"float32": 4, "bfloat16": 2}
 _WIDE, _INDEX = 4, 8  # float32, int64
 #: Rows of the chunked cross-entropy (engine/train/loss.py) and of a block of attention (engine/model/attention.py).
 _CHUNK_ROWS, _BLOCK_ROWS = 256, 64
@@ -66,7 +66,7 @@ def activations(section: Peft, model: ModelConfig, dtype: str, tokens: int, trai
         + model.kv_channels * width  # rotary.rotation: cos and sin, one pair for all layers
         + (hidden * width + _WIDE) * has_gradient  # pointwise._RMSNorm, the final one: its input, its scale
     ) + trained * (
-        2 * _INDEX  # batches.MicroBatch: trained, targets; the former kept by the indexing of train.loop.batch_loss
+        2 * _INDEX  # batches.MicroBatch: trained, targets; the former kept by the indexing of train.loss.batch_loss
         + hidden
         * width
         * has_gradient  # loss._ChunkedCrossEntropy: the gradient of its input, made in the forward pass

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from steps.config.peft import Peft
 from steps.shapes import memory, targets
-from steps.shapes.activations import BYTES, Activations, activations
-from steps.shapes.memory import Held
+from steps.shapes.activations import Activations, activations
+from steps.shapes.memory import BYTES, Held
 from steps.shapes.model_config import ModelConfig
 
 #: A process of the step before it has any tensor of the model: interpreter, libraries, our modules, and what torch sets

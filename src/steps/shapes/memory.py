@@ -14,7 +14,7 @@ from steps.config.peft import Peft, Quantization
 from steps.shapes import targets
 from steps.shapes.model_config import ModelConfig
 
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 _BITS = {"nf2": 2, "nf4": 4, "int8": 8}
 #: Adam's exp_avg and exp_avg_sq. Its step counters, 4 bytes for each trained tensor, are left out.
 _MOMENTS = 2
@@ -37,7 +37,7 @@ def held(section: Peft, model: ModelConfig, precision: str) -> Iterator[Held]:
     precision: `train.precision`.
     """
     dtype = computed(model, precision)
-    width = _BYTES[dtype]
+    width = BYTES[dtype]
     yield from _linears(section, model, dtype)
     tables = (1 if model.share_embeddings_and_output_weights else 2) * model.vocab_size * model.hidden_size
     yield Held("embedding, output layer", dtype, tables * width)
@@ -49,7 +49,7 @@ def held(section: Peft, model: ModelConfig, precision: str) -> Iterator[Held]:
     )
     own = section.adapter_dtype
     wide = sum(section.wide_trainable(*shape) for shape in shapes)
-    parameters = (trained - wide) * _BYTES[own] + wide * _BYTES["float32"]
+    parameters = (trained - wide) * BYTES[own] + wide * BYTES["float32"]
     yield Held("adapter", own, parameters)
     if beside := sum(section.untrained_bytes(*shape) for shape in shapes):
         yield Held("untrained tensors of the adapter", "", beside)
@@ -79,7 +79,7 @@ def _linears(section: Peft, model: ModelConfig, dtype: str) -> Iterator[Held]:
     for name in targets.linear_names(model.num_layers):
         size, settings = math.prod(targets.shape(model, name)), section.held(name)
         if settings is None:
-            weights[dtype] += size * _BYTES[dtype]
+            weights[dtype] += size * BYTES[dtype]
         else:
             weights[settings.type] += math.ceil(size * _BITS[settings.type] / 8)
             scales["8 bits" if settings.double_quant else "float32"] += scale_bytes(size, settings)
