@@ -56,12 +56,12 @@ def main() -> None:
             write(name, text)
 
 
-def write(name: str, text: str) -> None:
-    """Put the section's text between its marks in RESULTS.md."""
-    pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
-    page, count = re.subn(pattern, lambda match: match[1] + text + match[2], RESULTS.read_text(), flags=re.DOTALL)
-    assert count == 1, f"{RESULTS} has no block {name}:begin … {name}:end"
-    RESULTS.write_text(page)
+def write(name: str, text: str, path: Path = RESULTS) -> None:
+    """Put the section's text between its marks in a page."""
+    pattern = rf"(<!-- {name}:begin.*?-->\n).*?(<!-- {name}:end -->)"
+    page, count = re.subn(pattern, lambda match: match[1] + text + match[2], path.read_text(), flags=re.DOTALL)
+    assert count == 1, f"{path} has no block {name}:begin … {name}:end"
+    path.write_text(page)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every adapter method on the tiny chain: parameters, loss, seconds a step, peak memory. Writes docs/peft-methods.md.
 
-    python benchmarks/peft_methods.py [--inputs DIR] [--iters N] [--rounds N] [--only NAME …] [--print]
+    python -m benchmarks.peft_methods [--inputs DIR] [--iters N] [--rounds N] [--only NAME …] [--print]
 
 The same base (SmolLM2-135M), packed rows, seed and number of steps for each, rank 16 where there is one. Each run is a
 process of its own (`steps run peft/megatron_bridge -c tiny …`); the methods take turns, `--rounds` times, and what
@@ -16,17 +16,16 @@ import argparse
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.__main__ import write
+from benchmarks.side_by_side import STEPS, timed
+
 DOCS = Path(__file__).parents[1] / "docs" / "peft-methods.md"
-STEPS = str(Path(sys.executable).parent / "steps")
 CHAIN = ("data_prep/demo_chat", "data_prep/sft_packing", "convert/hf_to_megatron")
 LORA = "LoRA"
 #: Name in the table to what the command line says.
@@ -69,17 +68,9 @@ class Measured:
 
 
 def run(arguments: list[str], place: Path) -> int:
-    """Run `steps` and return the peak memory of its largest process, in bytes, by the kernel's account."""
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    child = subprocess.Popen(
-        [STEPS, *arguments], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert child.stdout is not None
-    output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        sys.exit(f"steps {' '.join(arguments)} failed:\n{output}")
-    return usage.ru_maxrss * 1024
+    """Run `steps` and return the peak memory of its largest process, in bytes."""
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return timed([STEPS, *arguments], place, threads).peak_bytes
 
 
 def train(name: str, place: Path, iters: int) -> tuple[list[float], int, dict[str, Any], int]:
@@ -160,15 +151,12 @@ def main() -> None:
     found = measure(options.only, place, options.iters, options.rounds)
     rounds = "1 round" if options.rounds == 1 else f"{options.rounds} rounds"
     text = (
-        f"Made by `python benchmarks/peft_methods.py` on {machine()}: SmolLM2-135M, {options.iters} steps of 2 rows of "
+        f"Made by `python -m benchmarks.peft_methods` on {machine()}: SmolLM2-135M, {options.iters} steps of 2 rows of "
         f"512 tokens, medians over {rounds} in which the methods took turns.\n\n{table(found)}\n"
     )
     print(text)
     if not options.print:
-        pattern = r"(<!-- measured:begin .*?-->\n).*?(<!-- measured:end -->)"
-        page, count = re.subn(pattern, lambda match: match[1] + text + match[2], DOCS.read_text(), flags=re.S)
-        assert count == 1, f"{DOCS} has no block measured:begin … measured:end"
-        DOCS.write_text(page)
+        write("measured", text, DOCS)
 
 
 if __name__ == "__main__":
