@@ -197,7 +197,8 @@ def test_a_decoder_is_never_wide_as_a_whole():
     spec = Spec("nf4", 32)
     wide, held = Decoder(SHAPE), Decoder(SHAPE, quantize=lambda name: spec if "mlp" in name else None)
     linears = [linear for name, linear in wide.linears().items() if "mlp" in name]
-    saved = sum(linear.weight.nbytes - quantize(linear.weight, spec).nbytes for linear in linears)
+    # A decoder is made without values: what its memory happened to hold before must not matter.
+    saved = sum(linear.weight.nbytes - QuantizedWeight(linear.weight.shape, spec).nbytes for linear in linears)
     assert _bytes(held) == _bytes(wide) - saved
     assert isinstance(held.linears()["decoder.layers.0.self_attention.linear_qkv"].weight, torch.nn.Parameter)
 
@@ -214,6 +215,17 @@ def test_weights_are_loaded_by_their_names():
         load_weights(decoder, [(f"{name}.weight", torch.zeros(3, 3))])
     with pytest.raises(ValueError, match="the checkpoint lacks"):
         load_weights(decoder, [(name, value) for name, value in source.items() if "linear_fc1.weight" not in name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, -1])
+def test_what_is_not_finite_is_refused_by_its_name(value, place):
+    decoder = Decoder(SHAPE, quantize=lambda name: Spec("nf4", 64))
+    source = {name: tensor.detach().clone() for name, tensor in random_decoder().named_parameters()}
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    source[name].view(-1)[place] = value
+    with pytest.raises(ValueError, match=f"{name}: holds values that are infinite or NaN"):
+        load_weights(decoder, source.items())
 
 
 def _bytes(decoder: Decoder) -> int:

@@ -118,7 +118,8 @@ class Decoder(nn.Module):
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy tensors, named per layer as the decoder's own weights are, into the decoder, one at a time.
 
-    Raises ValueError for a name the model does not have, a wrong shape, and (in the end) names that never came.
+    Raises ValueError for a name the model does not have, a wrong shape, values that are not finite where they are
+    quantized, and (in the end) names that never came.
     """
     waiting = decoder.weights()
     for name, tensor in tensors:
@@ -128,7 +129,10 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> Non
         if parameter.shape != tensor.shape:
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(parameter.shape)}")
         with torch.no_grad():
-            parameter.copy_(tensor)
+            try:
+                parameter.copy_(tensor)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     if waiting:
         more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
         raise ValueError(f"the checkpoint lacks {', '.join(list(waiting)[:3])}{more}")

@@ -83,7 +83,10 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def copy_(self, weight: Tensor) -> QuantizedWeight:
-        """Quantize weight [out, in], any float dtype, into here; computed where it lies, piece by piece."""
+        """Quantize weight [out, in], any float dtype, into here; computed where it lies, piece by piece.
+
+        Raises ValueError if a value is not finite.
+        """
         assert weight.shape == self.shape
         packed, scales = [], []
         for piece in torch.split(weight.detach().reshape(-1), _PIECE):
@@ -179,6 +182,8 @@ def _quantized(values: Tensor, code_name: str, block_size: int) -> tuple[Tensor,
             # bitsandbytes divides the short block at the end and multiplies the others with the reciprocal.
             normed = blocks / floor[:, None] if exact else blocks * (1 / floor)[:, None]
             scaled.append(normed.clamp_(-1, 1).view(-1))
+    if not all(scale.isfinite().all() for scale in scales):
+        raise ValueError("holds values that are infinite or NaN, which cannot be quantized")
     if short := -len(values) % (8 // CODES[code_name].bits):
         scaled.append(values.new_zeros(short))
     return nearest(torch.cat(scaled), code_name), torch.cat(scales)
