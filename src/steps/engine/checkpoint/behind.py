@@ -17,6 +17,9 @@ T = TypeVar("T")
 WAITING_BYTES = 16 << 20
 #: A file is brought to the disk in pieces of this size while it is still written.
 SYNC_BYTES = 128 << 20
+#: Bytes that one call writes. For larger ones the kernel takes larger pages for its cache, and a virtual machine that gives
+#: free memory back to its host has to ask for those again: 0.5 GB in calls of 1 MB took 0.10 s, in calls of 4 MB 1.1 s.
+WRITE_BYTES = 1 << 20
 
 
 class Worker:
@@ -75,7 +78,7 @@ class HashedFile:
         for part in parts:
             rest = memoryview(part)
             while rest:
-                rest = rest[self._file.write(rest) :]
+                rest = rest[self._file.write(rest[:WRITE_BYTES]) :]
         self._size += nbytes
         if self._size - self._synced >= SYNC_BYTES:
             self._synced = self._size

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,11 @@ from typing import IO, Any
 from steps.engine.checkpoint import pickles
 from steps.engine.checkpoint.lazy import BITS, Array, runs
 from steps.engine.checkpoint.pickles import Name
+
+try:
+    from isal.isal_zlib import crc32  # a sixth of the other's time: 20 GB/s
+except ImportError:  # it has no wheel for this machine
+    from zlib import crc32
 
 Parts = Sequence[bytes | memoryview]
 
@@ -108,7 +112,7 @@ class _Archive:
         """The next record: its header and its content, which is aligned."""
         path, size, checksum = (_PREFIX + name).encode(), sum(len(part) for part in content), 0
         for part in content:
-            checksum = zlib.crc32(part, checksum)
+            checksum = crc32(part, checksum)
         sizes = struct.pack("<HHQQ", 1, 16, size, size)
         # The rest of the extra field is padding, under the mark that torch uses for it.
         before = self._offset + 30 + len(path) + len(sizes) + 4
