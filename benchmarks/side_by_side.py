@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 #: The steps command of the environment that runs the benchmark.
 STEPS = str(Path(sys.executable).parent / "steps")
-# A checkout is to start as an installed package does: with the compiled modules that Python keeps. Where this is set none
-# are written, and each of our commands would compile all of our source anew (a third of a dry run).
+# A checkout is to start as an installed package does: with the compiled modules that Python keeps. Where this is set
+# none are written, and each of our commands would compile all of our source anew (a third of a dry run).
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 

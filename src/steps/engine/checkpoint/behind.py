@@ -17,8 +17,8 @@ T = TypeVar("T")
 WAITING_BYTES = 16 << 20
 #: A file is brought to the disk in pieces of this size while it is still written.
 SYNC_BYTES = 128 << 20
-#: Bytes that one call writes. For larger ones the kernel takes larger pages for its cache, and a virtual machine that gives
-#: free memory back to its host has to ask for those again: 0.5 GB in calls of 1 MB took 0.10 s, in calls of 4 MB 1.1 s.
+#: Bytes that one call writes. For larger ones the kernel takes larger pages for its cache, and a virtual machine that
+#: gives free memory back to its host must ask for those again: 0.5 GB took 0.10 s in calls of 1 MB, 1.1 s of 4 MB.
 WRITE_BYTES = 1 << 20
 
 
