@@ -61,3 +61,20 @@ def test_it_is_merged(case, root, lora, tmp_path):
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "merged" / "artifact.json").read_text())["facts"]
     assert facts["merged"]["type"] == case["type"]
+
+
+@every_case
+def test_it_scores_what_training_measured_at_its_end(case, root, lora, tmp_path):
+    """eval/perplexity loads the adapter, on the base as it was held, and comes to the valid loss of the run."""
+    config = {
+        "lora_checkpoint": str(lora),
+        "base_megatron_path": str(root / "base"),
+        "dataset": {"nano3_packed_sft_dir": str(root / "packed")},
+        "output_dir": "report",
+    }
+    done = run_step("eval/perplexity", config, tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
+    trained = json.loads((lora / "artifact.json").read_text())["facts"]
+    assert figures["loss"] == pytest.approx(trained["valid_loss_last"], rel=2e-6)
+    assert figures["loss"] != pytest.approx(trained["valid_loss_first"], rel=1e-3)

@@ -27,6 +27,15 @@ def catalog() -> Mapping[str, Manifest]:
     return {entry.id: entry for entry in found}
 
 
+def is_path(name: str) -> bool:
+    """Whether a person means something on disk, not a step: it is there, and no step is called so."""
+    return Path(name).expanduser().exists() and name not in catalog() and not _tails(name)
+
+
+def _tails(name: str) -> list[str]:
+    return [step for step in catalog() if step.endswith("/" + name)]
+
+
 def find(name: str) -> Manifest:
     """The step a person means by its id or by an unambiguous tail of it (`merge_lora`)."""
     name = name.strip("/")
@@ -34,7 +43,7 @@ def find(name: str) -> Manifest:
         return _read(ROOT / name)  # without reading all the others
     if name in catalog():
         return catalog()[name]
-    tails = [step for step in catalog() if step.endswith("/" + name)]
+    tails = _tails(name)
     if len(tails) == 1:
         return catalog()[tails[0]]
     if tails:

@@ -129,9 +129,29 @@ def list_steps(
 
 
 @app.command()
-def show(step: StepId, json: Json = False) -> None:
-    """Show a step: artifacts, parameters, configs, strategies, errors, how it is launched."""
+def show(
+    step: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|PATH",
+            help="Step id or its tail, or the directory of an artifact.",
+            autocompletion=complete.step_ids,
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Show a step (artifacts, parameters, configs, errors), or an artifact: what it is, and where it came from."""
     from steps.dispatch import catalog, render
+
+    if catalog.is_path(step):
+        from steps.dispatch import artifact_page
+
+        artifact = artifact_page.artifact(step)
+        if json:
+            _print_json(artifact_page.artifact_json(artifact))
+        else:
+            _print(artifact_page.artifact_page(artifact))
+        return
     from steps.dispatch.parameters import parameters
 
     found = catalog.find(step)

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 from steps.artifacts import bases
 from steps.artifacts.opening import Artifact
 from steps.config.base import StepConfig
+from steps.config.one_base import one_base
 from steps.config.peft import names, section_class
 from steps.errors import Problem
 from steps.shapes.targets import linear_names
@@ -32,14 +33,7 @@ class Config(StepConfig):
 
     def check_values(self) -> Iterable[Problem]:
         """Exactly one base."""
-        if self.base_megatron_path is None and self.base_hf_path is None:
-            what = "no base model is given"
-            hint = "Set base_megatron_path (the checkpoint that was trained on) or base_hf_path."
-            return [Problem(where="base_megatron_path", what=what, hint=hint)]
-        if self.base_megatron_path is not None and self.base_hf_path is not None:
-            what = f"two base models are given: {self.base_megatron_path} and {self.base_hf_path}"
-            return [Problem(where="base_hf_path", what=what, hint="Set one of the two to null.")]
-        return []
+        return one_base(self.base_megatron_path, self.base_hf_path)
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
         """Adapter and base by what their records say of the base's weights."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from steps.engine.checkpoint.convert import megatron_source
 from steps.engine.checkpoint.hf import open_directory, open_source
 from steps.engine.checkpoint.merge import merge, open_adapter
 from steps.engine.data.tokenizer import Tokenizer
+from steps.engine.evaluation.answers import Prompt, answers, stop_tokens
 from steps.engine.model.decoder import Decoder, load_weights
-from steps.engine.model.generate import greedy
 from steps.engine.model.quantization import as_held
 from steps.errors import ArtifactError
 from steps.runtime import Job
@@ -70,11 +69,10 @@ def ask(path: Path, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> s
     source = open_directory(path)
     decoder = Decoder(source.config)
     load_weights(decoder, ((k, v.load()) for k, v in mapping.to_megatron(source.config, source.tensors).items()))
-    message = [{"role": "user", "content": prompt}]
-    text = tokenizer.render(message, add_generation_prompt=True) if tokenizer.chat_template else prompt
-    ends = json.loads(source.files.get("generation_config.json", "{}")).get("eos_token_id")
-    stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    return tokenizer.decode(greedy(decoder, tokenizer.encode(text), max_new_tokens, stop)).strip()
+    asked = Prompt([{"role": "user", "content": prompt}], None, None)
+    stop = stop_tokens(tokenizer, source)
+    (answer,) = answers(decoder, tokenizer, [asked], stop, max_new_tokens=max_new_tokens)
+    return answer.text
 
 
 if __name__ == "__main__":

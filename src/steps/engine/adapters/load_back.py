@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from steps.engine.adapters import base as adapters
+from steps.engine.adapters.trained import attach_trained
 from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.fingerprint import Fingerprint, verify, verify_trained_on
 from steps.engine.checkpoint.hf import Source
@@ -128,19 +129,7 @@ def _ours(
     verify(read.digest(), recorded_fingerprint, base.path)
     verify_trained_on(read.digest(), base_fingerprint, base.path)
     before = decoder(ids, [0, len(ids)])
-    shared = {name: tensor.load() for name, tensor in adapter.shared.items()}
-    tensors, names = {f"adapter.{name}": tensor for name, tensor in shared.items()}, []
-    for linear, lazy in adapter.linears.items():
-        loaded = {name: tensor.load() for name, tensor in lazy.items()}
-        tensors |= {f"{linear}.adapter.{name}": tensor for name, tensor in loaded.items()}
-        parent = linear.rpartition(".")[0]
-        names += [f"{parent}.{part}" if part else linear for part in method.factors(linear, loaded, shared)]
-    trained = adapters.attach(decoder, method, names, 0)
-    try:
-        trained.load(tensors)
-    except ValueError as error:
-        what = f"{adapter.checkpoint.folder} is no {method.type} adapter as its settings describe it: {error}"
-        raise ArtifactError(what, name="damaged_artifact") from error
+    attach_trained(decoder, adapter, method)
     return before, decoder.eval()(ids, [0, len(ids)])
 
 

@@ -83,7 +83,10 @@ class Decoder(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, cu_seqlens: Sequence[int] | Tensor) -> Tensor:
         """What the output layer is applied to: [tokens, hidden], the final norm included."""
-        documents = self.documents(cu_seqlens, len(input_ids))
+        return self.through_layers(input_ids, self.documents(cu_seqlens, len(input_ids)))
+
+    def through_layers(self, input_ids: Tensor, documents: Documents) -> Tensor:
+        """The same for tokens of which `documents` says how they belong together."""
         x = F.embedding(input_ids, self.embedding.word_embeddings.weight)
         for layer in self.decoder.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -98,10 +101,12 @@ class Decoder(nn.Module):
         lengths = tuple(end - start for start, end in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 1:
             raise ValueError(f"cu_seqlens must ascend from 0 to {tokens}, got {bounds[:3]} … {bounds[-3:]}")
-        weight = self.output_weight
-        counted = torch.arange(max(lengths), device=weight.device)
-        positions = torch.cat([counted[:length] for length in lengths])
-        return Documents(lengths, *rotation(positions, self._frequencies, weight.dtype))
+        counted = torch.arange(max(lengths), device=self.output_weight.device)
+        return Documents(lengths, *self.rotation(torch.cat([counted[:length] for length in lengths])))
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables for positions [tokens], see `rotary.rotation`."""
+        return rotation(positions, self._frequencies, self.output_weight.dtype)
 
     def linears(self) -> dict[str, Linear]:
         """Every linear that an adapter can be put on, by its full name, in the order of computation."""

@@ -26,6 +26,10 @@ class Documents:
     cos: Tensor
     sin: Tensor
 
+    def attend(self, layer: SelfAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What each token of the row takes from the others, see `attention.attend`; [tokens, heads * D]."""
+        return attend(query, key, value, self.lengths, layer.window)
+
 
 def frozen(*shape: int) -> nn.Parameter:
     """A parameter without a gradient and, until a checkpoint fills it, without a meaning."""
@@ -125,7 +129,7 @@ class SelfAttention(nn.Module):
             key = rms_norm(turning[:, :, -1:], self.k_layernorm.weight, self.epsilon)
             turning = torch.cat((query, key), dim=2)
         turned = rotate(turning, documents.cos, documents.sin)
-        out = attend(turned[:, :, :-1], turned[:, :, -1], value, documents.lengths, self.window)
+        out = documents.attend(self, turned[:, :, :-1], turned[:, :, -1], value)
         projected: Tensor = self.linear_proj(out)
         return projected
 

@@ -1,0 +1,150 @@
+"""The eval steps as processes: their reports, their refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pyarrow.parquet as pq
+import pytest
+from support.models import save_hf, save_tokenizer
+from support.packed import random_rows, write_base, write_packed
+from support.run_step import run_step
+
+from steps.artifacts.record import read
+
+pytest.importorskip("transformers", reason="extra parity")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("eval")
+    write_base(path / "base")
+    write_packed(path / "packed", random_rows(20), random_rows(6, seed=9))
+    save_hf(path / "hf", "llama")
+    save_tokenizer(path / "hf")
+    return path
+
+
+def perplexity(root, cwd, **changes):
+    config = {
+        "base_megatron_path": str(root / "base"),
+        "dataset": {"nano3_packed_sft_dir": str(root / "packed")},
+        "output_dir": "report",
+    }
+    return run_step("eval/perplexity", config | changes, cwd)
+
+
+def test_perplexity_writes_a_report_and_its_documents(root, tmp_path):
+    done = perplexity(root, tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    figures = report["figures"]
+    assert (report["kind"], report["split"], report["rows"]) == ("perplexity", "valid", 6)
+    documents = pq.read_table(tmp_path / "report" / "documents.parquet").to_pydict()
+    assert figures["documents"] == len(documents["row"])
+    assert figures["loss"] == pytest.approx(sum(documents["loss"]) / sum(documents["tokens"]))
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    record = read(tmp_path / "report")
+    assert record.type == "eval_report"
+    assert record.digest
+    assert {item.key for item in record.inputs} == {"base_megatron_path", "dataset.nano3_packed_sft_dir"}
+    assert record.facts["figures"] == figures
+
+
+def test_fewer_rows_and_another_split(root, tmp_path):
+    assert perplexity(root, tmp_path, split="train", max_rows=3).returncode == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["split"], report["rows"]) == ("train", 3)
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(root, tmp_path):
+    done = perplexity(root, tmp_path, split="test")
+    assert done.returncode == 4
+    assert "split: the data have no split test" in done.stderr
+    assert "allowed: train, valid" in done.stderr
+    assert "[missing_split]" in done.stderr
+
+
+def test_no_base_and_two_bases_are_refused(root, tmp_path):
+    done = perplexity(root, tmp_path, base_megatron_path=None)
+    assert done.returncode == 3
+    assert "no base model is given" in done.stderr
+    assert perplexity(root, tmp_path, base_hf_path=str(root / "hf")).returncode == 3
+
+
+def test_another_models_data_are_refused(root, tmp_path):
+    """The records agree (there is none beside the model), the tokens do not."""
+    save_hf(tmp_path / "small", "llama", vocab_size=20)
+    done = perplexity(root, tmp_path, base_megatron_path=None, base_hf_path=str(tmp_path / "small"))
+    assert done.returncode == 1
+    assert "[tokenizer_mismatch]" in done.stderr
+
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "w5 w6"}]},
+    {"messages": [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8"}], "other": 1},
+    {"messages": "w9 w10 w11"},
+]
+
+
+def generate(root, cwd, rows=ROWS, **changes):
+    (cwd / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "base_hf_path": str(root / "hf"),
+        "prompts_path": "prompts.jsonl",
+        "max_new_tokens": 8,
+        "output_dir": "answers",
+    }
+    return run_step("eval/generate", config | changes, cwd)
+
+
+def answers(cwd):
+    return [json.loads(line) for line in (cwd / "answers" / "answers.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_those_of_transformers_through_the_chat_template(root, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = generate(root, tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(root / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(root / "hf")
+    found = answers(tmp_path)
+    questions = ["w5 w6", "w7", "w9 w10 w11"]
+    for question, row in zip(questions, found, strict=True):
+        asked = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**ids, do_sample=False, max_new_tokens=8, eos_token_id=1, pad_token_id=0)
+        said = out[0, ids["input_ids"].shape[1] :].tolist()
+        said = said[: said.index(1)] if 1 in said else said
+        assert row["messages"] == [*asked, {"role": "assistant", "content": tokenizer.decode(said).strip()}]
+        assert (row["prompt_tokens"], row["answer_tokens"]) == (ids["input_ids"].shape[1], len(said))
+        assert row["ended"] == (len(said) < 8)
+    assert [row.get("reference") for row in found] == [None, "w8", None]
+    assert read(tmp_path / "answers").type == "synthetic_jsonl"
+
+
+def test_batches_change_no_answer_and_seeds_do(root, tmp_path):
+    sampled = {"temperature": 1.0, "top_p": 0.95, "seed": 3}
+    texts = []
+    for changes in (sampled, {**sampled, "batch_size": 1}, {**sampled, "seed": 4}):
+        assert generate(root, tmp_path, **changes).returncode == 0
+        texts.append([row["messages"][-1]["content"] for row in answers(tmp_path)])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_rows_that_are_no_prompts_are_named_and_nothing_is_answered(root, tmp_path):
+    bad = [{"messages": []}, {"text": "w5"}, {"messages": [{"role": "assistant", "content": "w5"}]}]
+    done = generate(root, tmp_path, rows=[ROWS[0], *bad])
+    assert done.returncode == 1
+    for line, reason in ((2, "messages is an empty list"), (3, "has no messages"), (4, "nothing before the answer")):
+        assert f"prompts.jsonl:{line}: " in done.stderr
+        assert reason in done.stderr
+    assert not (tmp_path / "answers").exists()
+
+
+def test_settings_without_effect_are_refused(root, tmp_path):
+    done = generate(root, tmp_path, top_k=5)
+    assert done.returncode == 3
+    assert "top_k: 5 has no effect" in done.stderr
