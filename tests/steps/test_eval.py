@@ -12,6 +12,8 @@ from support.packed import random_rows, write_base, write_packed
 from support.run_step import run_step
 
 from steps.artifacts.record import read
+from steps.engine.checkpoint.convert import megatron_source
+from steps.engine.checkpoint.fingerprint import fingerprint
 
 pytest.importorskip("transformers", reason="extra parity")
 
@@ -19,7 +21,8 @@ pytest.importorskip("transformers", reason="extra parity")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("eval")
-    write_base(path / "base")
+    write_base(path / "unsealed")
+    write_base(path / "base", fingerprint=fingerprint(megatron_source(path / "unsealed").tensors))
     write_packed(path / "packed", random_rows(20), random_rows(6, seed=9))
     save_hf(path / "hf", "llama")
     save_tokenizer(path / "hf")
@@ -62,7 +65,7 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(root, tmp_path
     done = perplexity(root, tmp_path, split="test")
     assert done.returncode == 4
     assert "split: the data have no split test" in done.stderr
-    assert "allowed: train, valid" in done.stderr
+    assert "Allowed: train, valid" in done.stderr
     assert "[missing_split]" in done.stderr
 
 
@@ -148,3 +151,49 @@ def test_settings_without_effect_are_refused(root, tmp_path):
     done = generate(root, tmp_path, top_k=5)
     assert done.returncode == 3
     assert "top_k: 5 has no effect" in done.stderr
+
+
+EXAMPLES = [("w5 w6", "w20"), ("w7", "w21"), ("w9 w10 w11", "w20"), ("w12", "w22")]
+
+
+def classify(root, cwd, rows=EXAMPLES, **changes):
+    with (cwd / "examples.jsonl").open("w") as file:
+        for question, answer in rows:
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    config = {"base_hf_path": str(root / "hf"), "examples_path": "examples.jsonl", "output_dir": "report"}
+    return run_step("eval/classify", config | changes, cwd)
+
+
+def test_classification_writes_a_report_and_its_predictions(root, tmp_path):
+    done = classify(root, tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
+    rows = [json.loads(line) for line in (tmp_path / "report" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows] == ["w20", "w21", "w20", "w22"]
+    assert all(row["predicted"] == max(row["scores"], key=row["scores"].get) for row in rows)
+    assert figures["accuracy"] == sum(row["label"] == row["predicted"] for row in rows) / 4
+    assert sum(map(sum, figures["confusion"])) == figures["examples"] == 4
+    assert list(figures["labels"]) == ["w20", "w21", "w22"]
+    assert "right \\ predicted  w20  w21  w22" in done.stdout
+    assert read(tmp_path / "report").facts["figures"] == figures
+
+
+def test_batches_change_no_prediction(root, tmp_path):
+    reports = []
+    for size in (1, 3):
+        assert classify(root, tmp_path, batch_size=size).returncode == 0
+        reports.append((tmp_path / "report" / "predictions.jsonl").read_text())
+    scores = [[json.loads(line)["scores"] for line in report.splitlines()] for report in reports]
+    for one, other in zip(*scores, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_labels_that_do_not_cover_the_data_are_refused(root, tmp_path):
+    done = classify(root, tmp_path, labels=["w20", "w21"])
+    assert done.returncode == 1
+    assert "1 of 4 examples have no answer that is a label, the first one 'w22'" in done.stderr
+    assert "[bad_labels]" in done.stderr
+    done = classify(root, tmp_path, labels=["w20", "w20"])
+    assert done.returncode == 3
+    assert "labels: 'w20' stands there 2 times" in done.stderr

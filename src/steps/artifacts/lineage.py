@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from steps.artifacts import checkpoint, packed_parquet
-from steps.artifacts.opening import CONTRACTS, is_hub_id
+from steps.artifacts.opening import CONTRACTS, NAMED_TYPES, is_hub_id
 from steps.artifacts.record import Input, Record, missing_files, read
 from steps.errors import ArtifactError
 
@@ -60,7 +60,8 @@ def _inputs(record: Record, place: Path, above: tuple[Path, ...]) -> list[Origin
 def _origin(item: Input, place: Path, above: tuple[Path, ...]) -> Origin:
     found = _found(item.path, place)
     if found is None:
-        gone = () if is_hub_id(item.path) else ("not there any more",)
+        on_the_hub = item.type in NAMED_TYPES and not item.digest and is_hub_id(item.path)
+        gone = () if on_the_hub else ("not there any more",)
         return Origin(item.path, item.type, item.key, None, gone)
     inside = home(found)
     if inside.resolve() in above:  # a record that names itself, by hand or by a link: there is no more to tell

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from steps import preflight
@@ -279,13 +280,20 @@ def _maker(port: Port, wanting: Planned) -> Planned:
         for output in step.produces:
             if graph.is_a(output.type, port.type):
                 made = preflight.lookup(candidate.config, output.key)
-                if value is not None and made is not None and order.full_path(str(made)) == order.full_path(str(value)):
+                # A part of what is made will do too: the test split of tweets, one iteration of a checkpoint.
+                if value is not None and made is not None and _holds(str(made), str(value)):
                     return candidate
                 elsewhere.append(f"{step.id} -c {wanting.config_name} writes {made}")
     what = f"{wanting.step.id} wants a {port.type} at {value}, and no step makes one there with the config"
     hint = "; ".join([*elsewhere, "put your own there, or name it on the command line"])
     problem = Problem(port.key, f"{what} {wanting.config_name!r}", hint=hint, name=f"missing_{port.type}")
     raise ArtifactError(problem)
+
+
+def _holds(made: str, wanted: str) -> bool:
+    """Whether one path is the other or lies above it."""
+    whole, part = Path(order.full_path(made)), Path(order.full_path(wanted))
+    return part == whole or whole in part.parents
 
 
 def refuse(planned: Sequence[Planned]) -> None:

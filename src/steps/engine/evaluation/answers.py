@@ -101,15 +101,16 @@ def _prompt(conversation: Conversation) -> Prompt:
     return Prompt(messages, conversation.tools, reference)
 
 
-def as_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def as_text(tokenizer: Tokenizer, prompt: Prompt, *, asking: bool = True) -> str:
     """The prompt as the model sees it: by the chat template, ready for the answer; without one, the bare text.
 
+    asking: False for a conversation that waits for no answer.
     Raises StepFailed (template_error) where the template refuses it.
     """
     if tokenizer.chat_template is None:
-        return tokenizer.encode("\n".join(str(message.get("content") or "") for message in prompt.messages))
+        return "\n".join(str(message.get("content") or "") for message in prompt.messages)
     try:
-        return tokenizer.encode(tokenizer.render(prompt.messages, prompt.tools, add_generation_prompt=True))
+        return tokenizer.render(prompt.messages, prompt.tools, add_generation_prompt=asking)
     except TEMPLATE_ERRORS as error:
         what = f"the chat template refuses {json.dumps(prompt.messages)[:80]}…: {error}"
         raise StepFailed(what, name="template_error") from error
@@ -139,7 +140,7 @@ def answers(
     with progress.task("generate", len(prompts), "answers") as task:
         for first in range(0, len(prompts), batch_size):
             some = prompts[first : first + batch_size]
-            ids = [as_ids(tokenizer, prompt) for prompt in some]
+            ids = [tokenizer.encode(as_text(tokenizer, prompt)) for prompt in some]
             found = generate(decoder, ids, max_new_tokens, stop, sampling, first)
             for prompt, asked, said in zip(some, ids, found, strict=True):
                 text = tokenizer.decode(said).strip()

@@ -74,7 +74,7 @@ def _of_tokens(decoder: Decoder, batch: MicroBatch) -> tuple[np.ndarray, np.ndar
     hidden = decoder.hidden_states(batch.input_ids, batch.cu_seqlens)[batch.trained]
     losses: list[Tensor] = []
     right: list[Tensor] = []
-    for part, target in zip(hidden.split(CHUNK_ROWS), batch.targets.split(CHUNK_ROWS), strict=True):
+    for part, target in zip(torch.split(hidden, CHUNK_ROWS), torch.split(batch.targets, CHUNK_ROWS), strict=True):
         logits = (part @ decoder.output_weight.T).float()
         chosen = logits.gather(1, target[:, None])[:, 0]
         losses.append(logits.logsumexp(-1) - chosen)

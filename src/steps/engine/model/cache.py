@@ -53,7 +53,7 @@ class Cache:
             groups, channels = made.shape[1:]
             # Zeros: what nothing was written to is weighed with 0, and 0 times NaN would be NaN.
             held[layer] = made.new_zeros(len(lengths), groups, self._capacity, channels)
-            for row, part in zip(held[layer], made.split(list(lengths)), strict=True):
+            for row, part in zip(held[layer], torch.split(made, list(lengths)), strict=True):
                 row[:, : len(part)] = part.transpose(0, 1)
 
     def extended(self, layer: SelfAttention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

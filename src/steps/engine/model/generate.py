@@ -78,7 +78,7 @@ def _cut(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # sums of all may round to more than 1
         ordered, places = logits.sort(dim=-1, descending=True)
         shares = torch.softmax(ordered, dim=-1)
         # The token that crosses the bound still belongs; the likeliest one always does.
