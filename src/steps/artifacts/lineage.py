@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steps.artifacts import checkpoint, packed_parquet
 from steps.artifacts.opening import CONTRACTS, NAMED_TYPES, is_hub_id
-from steps.artifacts.record import Input, Record, missing_files, read
+from steps.artifacts.record import RECORD, Input, Record, missing_files, read
 from steps.errors import ArtifactError
 
 
@@ -32,9 +32,22 @@ class Origin:
 
 
 def home(path: Path) -> Path:
-    """The directory of the artifact that a path leads into: to itself, an iter_NNNNNNN folder, or a split."""
-    root = packed_parquet.root(path)
-    return checkpoint.home(root)
+    """The directory of the artifact that a path leads to or into: a split, an iteration, one of its files."""
+    root = checkpoint.home(packed_parquet.root(path))
+    if (root / RECORD).is_file():
+        return root
+    for above in root.resolve().parents:
+        if (above / RECORD).is_file() and _is_part(root.resolve().relative_to(above).as_posix(), above):
+            return above
+    return root
+
+
+def _is_part(name: str, place: Path) -> bool:
+    try:
+        record = read(place)
+    except ArtifactError:
+        return False
+    return record is not None and any(file == name or file.startswith(f"{name}/") for file in record.files)
 
 
 def trace(path: Path) -> Origin:

@@ -51,6 +51,16 @@ def test_the_chain_is_followed_to_its_beginnings_from_any_folder(chain):
     ]
 
 
+def test_a_part_of_an_artifact_leads_to_the_whole(chain):
+    make(
+        chain / "out" / "report", "eval_report", [Input("examples_path", "out/chat/data", "training_jsonl")],
+    )  # fmt: skip
+    (chat,) = trace(chain / "out" / "report").made_from
+    assert (chat.type, chat.path, chat.record.facts) == ("raw_jsonl", "out/chat/data", {"conversations": 3})
+    (chain / "out" / "chat" / "mine.jsonl").write_text("{}")  # beside what the artifact holds
+    assert trace(chain / "out" / "chat" / "mine.jsonl").record is None
+
+
 def test_what_is_gone_damaged_or_made_anew_is_said(chain):
     (chain / "out" / "chat" / "data").write_text("longer than it was")
     (chain / "out" / "base").rename(chain / "elsewhere")

@@ -41,7 +41,8 @@ def test_the_split_is_drawn_from_the_seed(tmp_path):
     train, test = tweets.chosen(some, 20, 0.25, 1)
     assert (len(train), len(test)) == (45, 15)
     assert not {text for text, _ in train} & {text for text, _ in test}
-    assert Counter(label for _, label in train + test) == dict.fromkeys(tweets.LABELS, 20)
+    assert Counter(label for _, label in train) == dict.fromkeys(tweets.LABELS, 15)
+    assert Counter(label for _, label in test) == dict.fromkeys(tweets.LABELS, 5)
     assert tweets.chosen(list(reversed(some)), 20, 0.25, 1) == (train, test)
     assert tweets.chosen(some, 20, 0.25, 2)[1] != test
 

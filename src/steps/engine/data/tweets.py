@@ -53,17 +53,19 @@ def chosen(
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Train and test tweets, in an order drawn from the seed; at most `per_label` of each label in all.
 
-    A tweet's place in that order depends on its text and the seed alone.
+    test_ratio: share of each label that goes to the test. A tweet's place in that order depends on its text and the
+    seed alone.
     """
     ordered = sorted(tweets, key=lambda tweet: hashlib.sha256(f"{seed}:{tweet[0]}".encode()).digest())
+    by_label: dict[str, int] = Counter(label for _, label in tweets)
+    wanted = {label: min(count, per_label or count) for label, count in by_label.items()}
+    splits: tuple[list[tuple[str, str]], list[tuple[str, str]]] = [], []
     taken: Counter[str] = Counter()
-    kept = []
     for text, label in ordered:
-        if per_label is None or taken[label] < per_label:
+        if taken[label] < wanted[label]:
+            splits[taken[label] < round(wanted[label] * test_ratio)].append((text, label))
             taken[label] += 1
-            kept.append((text, label))
-    tests = round(len(kept) * test_ratio)
-    return kept[tests:], kept[:tests]
+    return splits
 
 
 def write(path: Path, tweets: Sequence[tuple[str, str]]) -> None:
