@@ -10,10 +10,12 @@ from typing import Any
 
 from steps.artifacts.opening import Artifact, open_artifact
 from steps.artifacts.record import check_replaceable
-from steps.config.base import StepConfig
+from steps.config.base import StepConfig, lookup
 from steps.config.validate import source_of
 from steps.errors import ArtifactError, Problem, refusal
 from steps.manifest import Manifest, Port
+
+__all__ = ["Findings", "check", "lookup"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,6 @@ class Findings:
         ArtifactError."""
         if self.problems:
             raise refusal(self.problems)
-
-
-def lookup(config: Any, key: str) -> Any:
-    """The value at a dotted key of a typed config or a plain mapping; None where any part is absent."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else getattr(config, part, None)
-        if config is None:
-            return None
-    return config
 
 
 def _destination(port: Port, value: Any, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:

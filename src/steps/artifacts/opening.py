@@ -78,7 +78,7 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
         if gone := missing_files(home, record):
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
             raise _error(key, f"{value} is damaged: {gone[0]}{more} is missing or has another size", "damaged_artifact")
-        return Artifact(key, type, value, root, record, facts=record.facts)
+        return Artifact(key, type, value, root, record, facts=_facts(record, root, home))
     for wanted, check in CONTRACTS.items():
         if graph.is_a(type, wanted) and (fault := check(path)):
             raise _error(key, f"{value} is no {type}: {fault}", "wrong_type")
@@ -90,6 +90,17 @@ def open_artifact(value: str, type: str, key: str = "") -> Artifact:
         else (f"{value} has no artifact.json: its contents are taken on trust",)
     )
     return Artifact(key, type, value, root, warnings=warnings)
+
+
+def _facts(record: Record, root: Path, home: Path) -> Mapping[str, Any]:
+    """What the record says of what is opened. The fingerprint of a model is that of its last iteration alone."""
+    if (
+        record.type != "checkpoint_megatron"
+        or root == home
+        or root.name == f"iter_{record.facts.get('iteration', 0):07d}"
+    ):
+        return record.facts
+    return {name: value for name, value in record.facts.items() if name != "base_fingerprint"}
 
 
 def _error(key: str, what: str, name: str, hint: str = "") -> ArtifactError:

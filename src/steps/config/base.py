@@ -204,3 +204,12 @@ class StepConfig(Section):
     def wants_torchrun(self) -> bool:
         """Whether even a single process must be started by torchrun (only for steps with launch = "torchrun")."""
         return False
+
+
+def lookup(config: Any, key: str) -> Any:
+    """The value at a dotted key of a typed config or a plain mapping; None where any part is absent."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else getattr(config, part, None)
+        if config is None:
+            return None
+    return config

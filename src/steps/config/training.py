@@ -85,8 +85,8 @@ class Checkpoint(Section):
     """What is loaded and saved."""
 
     pretrained_checkpoint: str = Field(description="The base model, a checkpoint_megatron")
-    save: str = Field(description="Where the checkpoint_lora goes")
-    load: str | None = Field(None, description="A checkpoint_lora to resume from (default: `save`, if it holds one)")
+    save: str = Field(description="Where the trained checkpoint goes")
+    load: str | None = Field(None, description="A checkpoint to resume from (default: `save`, if it holds one)")
     save_interval: int = Field(50, ge=1, description="Optimizer steps between saves")
     ckpt_step: int | None = Field(None, ge=0, description="Resume from this iteration instead of the latest")
 
@@ -102,4 +102,4 @@ class Logger(Section):
 class Rng(Section):
     """Randomness."""
 
-    seed: int = Field(1234, ge=0, description="Seed of the adapter's init, the data order and dropout")
+    seed: int = Field(1234, ge=0, description="Seed of an adapter's init, the data order and dropout")

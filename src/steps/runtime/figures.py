@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from steps.runtime.progress import duration
+from steps.shapes.estimate import size
+
+if TYPE_CHECKING:
+    from steps.engine.train.finetune import Probed
 
 
 def interval(figures: Mapping[str, Any], name: str) -> str:
@@ -22,3 +28,15 @@ def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> Iterato
         yield "  ".join(
             [name.ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(cells, sizes[1:], strict=True))]
         )
+
+
+def probed(found: Probed) -> dict[str, Any]:
+    """What the person who probed a training run wants to read."""
+    ratio = found.peak_bytes / found.expected_bytes
+    return {
+        "tokens_per_second": found.tokens_per_second,
+        "seconds_per_step": found.seconds_per_step,
+        "peak_memory": f"{size(found.peak_bytes)}, {ratio:.2f} of the {size(found.expected_bytes)} expected",
+        "time_to_finish": f"{duration(found.iterations * found.seconds_per_step)} for {found.iterations:,} steps, "
+        "evaluations and saves apart",
+    }

@@ -42,7 +42,8 @@ class Kind:
 
     shape:      of the weight of one; () where it has several.
     count:      modules of the kind, and adapted: those that get an adapter.
-    parameters: of the base, in all of them.   trainable: of their adapters.
+    parameters: of the base, in all of them.   trainable: of their adapters, or of themselves.
+    added:      whether what is trained comes on top of the base's parameters.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kind:
     adapted: int
     parameters: int
     trainable: int
+    added: bool = True
 
     @property
     def is_linear(self) -> bool:
@@ -60,7 +62,7 @@ class Kind:
     @property
     def share(self) -> float:
         """What is trained, of all parameters with the adapter's own: as peft's print_trainable_parameters has it."""
-        return self.trainable / (self.parameters + self.trainable)
+        return self.trainable / (self.parameters + self.trainable * self.added)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Account:
     @classmethod
     def of(
         cls,
-        section: Peft,
+        section: Peft | None,
         model: ModelConfig,
         precision: str | None = None,
         batch: Batch | None = None,
@@ -92,7 +94,7 @@ class Account:
         available: int | None = None,
         rows_per_step: int | None = None,
     ) -> Account:
-        """The account of an adapter that fits the model (see `misfits`).
+        """The account of an adapter that fits the model (see `misfits`); section None: of training the model itself.
 
         precision:     `train.precision` of our engine; None leaves memory out.
         batch:         None leaves out what depends on the rows.   rows_per_step: `train.global_batch_size`.
@@ -125,6 +127,7 @@ class Account:
             sum(kind.adapted for kind in linears),
             sum(kind.parameters for kind in self.kinds),
             sum(kind.trainable for kind in self.kinds),
+            added=any(kind.added for kind in self.kinds),
         )
 
     @property
@@ -145,23 +148,34 @@ class Account:
         }
 
 
-def kinds(section: Peft, model: ModelConfig) -> Iterator[Kind]:
+def kinds(section: Peft | None, model: ModelConfig) -> Iterator[Kind]:
     """The account by kind of module. Fused linears are told by their parts where the method adapts those."""
     layers, hidden, table = model.num_layers, model.hidden_size, model.vocab_size * model.hidden_size
-    chosen = targets.chosen(section, layers)
-    yield Kind("embedding", (model.vocab_size, hidden), 1, 0, table, 0)
-    for last in (name.rpartition(".")[2] for name in targets.linear_names(1, canonical=section.canonical)):
+
+    def plain(name: str, shape: tuple[int, ...], count: int, parameters: int) -> Kind:
+        """A kind that no adapter is put on."""
+        if section is None:
+            return Kind(name, shape, count, count, parameters, parameters, added=False)
+        return Kind(name, shape, count, 0, parameters, 0)
+
+    chosen = [] if section is None else targets.chosen(section, layers)
+    yield plain("embedding", (model.vocab_size, hidden), 1, table)
+    canonical = section is not None and section.canonical
+    for last in (name.rpartition(".")[2] for name in targets.linear_names(1, canonical=canonical)):
         shape = targets.shape(model, last)
+        parameters = layers * shape[0] * shape[1]
+        if section is None:
+            yield plain(last, shape, layers, parameters)
+            continue
         adapted = [targets.layer(name) for name in chosen if name.rpartition(".")[2] == last]
         trained = sum(section.trainable_at(layer, *shape) for layer in adapted)
-        yield Kind(last, shape, layers, len(adapted), layers * shape[0] * shape[1], trained)
+        yield Kind(last, shape, layers, len(adapted), parameters, trained)
     if model.add_qkv_bias:
-        yield Kind("biases", (model.qkv_size,), layers, 0, layers * model.qkv_size, 0)
-    norms = 2 * layers * (1 + model.qk_layernorm) + 1
-    yield Kind("norms", (), norms, 0, model.norm_parameters, 0)
+        yield plain("biases", (model.qkv_size,), layers, layers * model.qkv_size)
+    yield plain("norms", (), 2 * layers * (1 + model.qk_layernorm) + 1, model.norm_parameters)
     if not model.share_embeddings_and_output_weights:
-        yield Kind("output_layer", (model.vocab_size, hidden), 1, 0, table, 0)
-    if shared := section.shared_trainable():
+        yield plain("output_layer", (model.vocab_size, hidden), 1, table)
+    if section is not None and (shared := section.shared_trainable()):
         yield Kind("shared", (), 1, 1, 0, shared)
 
 

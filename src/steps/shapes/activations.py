@@ -50,13 +50,15 @@ class Activations:
         return max(self.logits, again + self.transient)
 
 
-def activations(section: Peft, model: ModelConfig, dtype: str, tokens: int, trained: int, longest: int) -> Activations:
-    """dtype:  of the computation.
+def activations(
+    section: Peft | None, model: ModelConfig, dtype: str, tokens: int, trained: int, longest: int
+) -> Activations:
+    """section: None where the model itself is trained: every linear keeps its input.   dtype:  of the computation.
     tokens:    of a micro-batch.   trained: those of them with a loss.   longest: tokens of the longest document.
     """
     width = BYTES[dtype]
-    layers, has_gradient = [], False
-    adapted = set(targets.chosen(section, model.num_layers))
+    layers, has_gradient = [], section is None
+    adapted = set() if section is None else set(targets.chosen(section, model.num_layers))
     for number in range(model.num_layers):
         kept, has_gradient = _layer(section, model, adapted, number, dtype, tokens, has_gradient)
         layers.append(kept)
@@ -74,6 +76,8 @@ def activations(section: Peft, model: ModelConfig, dtype: str, tokens: int, trai
     rows = min(_CHUNK_ROWS, trained)
     # loss._ChunkedCrossEntropy: one buffer in the compute dtype and, where that is another, a chunk in float32.
     logits = rows * model.vocab_size * (width + (_WIDE if width < _WIDE else 0))
+    if section is None:  # the gradient of the output layer, float32, and a chunk's part of it; the weights' own later
+        logits += model.vocab_size * model.hidden_size * (_WIDE + width)
     return Activations(
         tuple(layers), tokens * hidden * width, ends, logits, _transient(model, dtype, tokens, longest),
         _freed(model, dtype, tokens),
@@ -81,7 +85,13 @@ def activations(section: Peft, model: ModelConfig, dtype: str, tokens: int, trai
 
 
 def _layer(
-    section: Peft, model: ModelConfig, adapted: set[str], number: int, dtype: str, tokens: int, has_gradient: bool
+    section: Peft | None,
+    model: ModelConfig,
+    adapted: set[str],
+    number: int,
+    dtype: str,
+    tokens: int,
+    has_gradient: bool,
 ) -> tuple[int, bool]:
     """Bytes that one decoder layer keeps, and whether its output has a gradient; has_gradient: whether its input has.
 
@@ -94,6 +104,9 @@ def _layer(
     def linear(name: str) -> None:
         nonlocal narrow, fixed, has_gradient
         full, given = f"decoder.layers.{number}.{name}", has_gradient
+        if section is None:
+            narrow += targets.shape(model, full)[1]
+            return
         parts = [part for part in {full: None, **dict.fromkeys(targets.parts(full))} if part in adapted]
         inputs = False
         for part in parts:

@@ -51,7 +51,9 @@ class Estimate:
     on_gpu: bool = False
 
     @classmethod
-    def of(cls, section: Peft, model: ModelConfig, precision: str, batch: Batch, *, on_gpu: bool = False) -> Estimate:
+    def of(
+        cls, section: Peft | None, model: ModelConfig, precision: str, batch: Batch, *, on_gpu: bool = False
+    ) -> Estimate:
         """precision: `train.precision`.
 
         on_gpu: leave out the process itself, which is not in the GPU's memory, and the heap.
@@ -91,8 +93,10 @@ class Estimate:
         return sum(row.nbytes for row in self.rows(recompute=recompute))
 
 
-def _dequantized(section: Peft, model: ModelConfig, dtype: str) -> int:
+def _dequantized(section: Peft | None, model: ModelConfig, dtype: str) -> int:
     """The largest quantized weight while it is wide: float32 first, then in the dtype of the product."""
+    if section is None:
+        return 0
     sizes = (
         math.prod(targets.shape(model, name))
         for name in targets.linear_names(model.num_layers)
@@ -114,7 +118,13 @@ class Choice:
 
     @classmethod
     def of(
-        cls, estimate: Estimate, asked: str | None, available: int | None, section: Peft, batch: Batch, where: str = ""
+        cls,
+        estimate: Estimate,
+        asked: str | None,
+        available: int | None,
+        section: Peft | None,
+        batch: Batch,
+        where: str = "",
     ) -> Choice:
         """asked: `train.recompute_granularity`; available: bytes for one process, None where nobody knows here.
 
@@ -140,13 +150,15 @@ class Choice:
         return cls(recompute, reason, warning)
 
 
-def _helps(section: Peft, batch: Batch, recomputed: int | None) -> Iterator[str]:
+def _helps(section: Peft | None, batch: Batch, recomputed: int | None) -> Iterator[str]:
     """Settings that take less memory. recomputed: the peak with recomputation, None where that is on."""
     if batch.rows > 1:
         yield "train.micro_batch_size=1"
     if recomputed is not None:
         yield f"train.recompute_granularity=full (then {size(recomputed)})"
-    if section.quantization is None and section.type != "qr_adaptor":
+    if section is None:
+        yield "an adapter (peft/megatron_bridge)"
+    elif section.quantization is None and section.type != "qr_adaptor":
         yield "peft.quantization.type=nf4"
     yield "rows packed shorter (pack_size)"
 

@@ -31,13 +31,21 @@ class Held:
     nbytes: int
 
 
-def held(section: Peft, model: ModelConfig, precision: str) -> Iterator[Held]:
+def held(section: Peft | None, model: ModelConfig, precision: str) -> Iterator[Held]:
     """What one process of our engine holds: the frozen base, the adapter, its gradients, the optimizer's state.
 
-    precision: `train.precision`.
+    section: None where the model itself is trained.   precision: `train.precision`.
     """
     dtype = computed(model, precision)
     width = BYTES[dtype]
+    if section is None:
+        yield Held("weights", dtype, model.parameters * width)
+        # train.trained.WholeModel: what the optimizer updates, and where gradients add up.
+        if dtype != "float32":
+            yield Held("weights as they are updated", "float32", model.parameters * BYTES["float32"])
+        yield Held("gradients", "float32", model.parameters * BYTES["float32"])
+        yield Held("moments of Adam", f"{_MOMENTS} x float32", _MOMENTS * model.parameters * BYTES["float32"])
+        return
     yield from _linears(section, model, dtype)
     tables = (1 if model.share_embeddings_and_output_weights else 2) * model.vocab_size * model.hidden_size
     yield Held("embedding, output layer", dtype, tables * width)
@@ -64,9 +72,9 @@ def computed(model: ModelConfig, precision: str) -> str:
     return "bfloat16" if model.params_dtype == "bfloat16" else "float32"
 
 
-def notes(section: Peft, model: ModelConfig, precision: str) -> Iterator[str]:
+def notes(section: Peft | None, model: ModelConfig, precision: str) -> Iterator[str]:
     """What the bytes leave open."""
-    if section.open:
+    if section is not None and section.open:
         yield f"peft.type={section.type} searches first, which takes memory of its own: the base as it is stored"
     if precision == "auto" and model.params_dtype == "bfloat16":
         yield "train.precision=auto: float32, twice as wide, where the hardware is slow at bfloat16"

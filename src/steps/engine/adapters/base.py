@@ -25,12 +25,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steps.config.peft import Peft, names, section_class
+from steps.engine.checkpoint.adapter_config import adapter_run_config
 from steps.engine.checkpoint.lazy import like
 from steps.engine.checkpoint.mapping import part_view
 from steps.engine.data.batches import MicroBatch
@@ -42,6 +44,8 @@ from steps.shapes.model_config import ModelConfig
 from steps.shapes.targets import PARTS, home
 
 S = TypeVar("S", bound=Peft)
+#: Settings of a method that stand in a record by themselves; all of them are in its `peft`.
+_MAIN = ("dim", "alpha", "target_modules", "exclude_modules")
 #: Rows that are merged at once.
 MERGED_ROWS = 256
 
@@ -335,6 +339,33 @@ class Adapters:
             raise ValueError("what the adapter method remembers belongs to other linears")
         for name, module in self.modules.items():
             module.load_memory({key: tensors[f"{name}.adapter.{key}"] for key in module.memory()})
+
+    def group(self, name: str, parameter: nn.Parameter) -> Group:
+        """How the optimizer treats a parameter."""
+        return self.method.group(name, parameter)
+
+    def penalty(self) -> Tensor | None:
+        """A term added to the loss of every optimizer step, or None."""
+        return self.method.penalty(self)
+
+    def after_step(self, iteration: int, train_iters: int) -> None:
+        """Called after optimizer step `iteration`, gradients still in place."""
+        self.method.after_step(self, iteration, train_iters)
+
+    def run_config(self, base: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
+        """run_config.yaml of a checkpoint of it. base: that of the base at base_dir."""
+        return adapter_run_config(base, self.method.section, self.method.bridge_class, base_dir)
+
+    def report(self) -> dict[str, Any]:
+        """What the record of the checkpoint says of what was trained."""
+        section = self.method.section.model_dump()
+        main = {name: value for name, value in section.items() if name in _MAIN}
+        return {"method": self.method.type, **main, "peft": section, **self.method.report(self)}
+
+    def summary(self) -> str:
+        """A line for the log of the run at its end, or ''."""
+        told = self.method.summary(self)
+        return told and f"{self.method.type}: {told}"
 
     def _named(self, of: Callable[[Adapter], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {

@@ -45,15 +45,18 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        return _norm_backward(x, weight, scale, grads[0]), None, None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (x.to(scale.dtype) * scale * grads[0]).flatten(0, -2).sum(0).to(weight.dtype)
+        return _norm_backward(x, weight, scale, grads[0]), d_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467), computed in float32.
 
-    x: [..., n]; weight: [n], frozen: it gets no gradient. Returns x's shape and dtype.
+    x: [..., n]; weight: [n]. Returns x's shape and dtype.
     """
     out: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     return out

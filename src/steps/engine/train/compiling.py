@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import torch
 
-from steps.engine.adapters.base import Adapters
 from steps.engine.data.batches import MicroBatch
 from steps.engine.model import fusion
 from steps.engine.progress import Progress
 from steps.engine.train.loss import batch_loss
+from steps.engine.train.trained import Trained
 from steps.errors import ConfigError, Problem
 
 #: Work of one process, in floating-point operations, from which compiling pays. It takes 10 to 30 s and saves 5 to 10 %
@@ -49,12 +49,12 @@ def compiled(setting: str, *, by_itself: bool, device: torch.device, progress: P
         fusion.stop()
 
 
-def warm_up(adapters: Adapters, batch: MicroBatch, progress: Progress) -> None:
+def warm_up(trained: Trained, batch: MicroBatch, progress: Progress) -> None:
     """Compile now what the steps will call, and say what it took. Leaves gradients behind, which a step clears."""
     if not fusion.active():
         return
-    adapters.decoder.train()
-    loss = batch_loss(adapters.decoder, batch)
+    trained.decoder.train()
+    loss = batch_loss(trained.decoder, batch)
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
     pieces, seconds = fusion.spent()

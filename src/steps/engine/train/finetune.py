@@ -30,6 +30,7 @@ from steps.engine.train.plan import Plan
 from steps.engine.train.precision import compute_dtype
 from steps.engine.train.resume import find, too_far
 from steps.engine.train.saving import Position, Saver, finished, place, restore, settled_before, source
+from steps.engine.train.trained import Trained, WholeModel
 from steps.errors import ArtifactError, ConfigError, Problem
 from steps.shapes import targets
 from steps.shapes.account import misfits
@@ -51,7 +52,7 @@ class Result:
 
 
 def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
-    """Train adapters as `plan` says, into the checkpoint_lora at checkpoint.save, going on from what is there.
+    """Train as `plan` says, into the checkpoint at checkpoint.save, going on from what is there.
 
     record: the artifact's record, with what is known before the start. Called on every process of a torchrun launch.
     Raises ConfigError, ArtifactError and StepFailed with the names of the step's manifest.
@@ -66,14 +67,13 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         _check_sizes(plan, here, len(train_split))
         plan, _ = recompute.settled(plan, _shape(base), train_split, here, progress)
         found, position = source(plan), Position()
-        method, documents = _method(plan, base, found, train_split, here, progress)
-        trained = _model(plan, base, method, here.device, progress)
+        trained, documents = _trained(plan, base, found, train_split, here, progress)
         optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
         if plan.optimizer.offload and here.device.type == "cpu":
             progress.log("optimizer.offload has no effect: on a CPU the optimizer's state is in its memory anyway")
         if found is not None:
             position = restore(found, plan, trained, optimizer)
-        else:
+        elif isinstance(trained, adapters.Adapters):
             _start(plan, trained, train_split, here)
         counts = _counts(trained)
         saver = Saver(plan, base, record, counts, documents)
@@ -96,8 +96,8 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
                 save(position)
         if here.is_main:
             saver.finish(position, trained)
-            if told := trained.method.summary(trained):
-                progress.log(f"{plan.peft.type}: {told}")
+            if told := trained.summary():
+                progress.log(told)
         return Result(record.facts, trainer.tokens_per_second)
 
 
@@ -131,9 +131,10 @@ def probe(plan: Plan, progress: Progress) -> Probed:
         _check_sizes(plan, here, len(train_split))
         found = find(plan)
         plan, estimate = recompute.settled(plan, _shape(base), train_split, here, progress)
-        trained = _model(plan, base, adapters.create(plan.peft, _shape(base)), here.device, progress)
+        trained = _unsettled(plan, base, here.device, progress)
         optimizer = AdamW(trained, plan.optimizer, offload=plan.optimizer.offload and here.device.type != "cpu")
-        _start(plan, trained, train_split, here)
+        if isinstance(trained, adapters.Adapters):
+            _start(plan, trained, train_split, here)
         trainer = Trainer(plan, trained, optimizer, train_split, valid_split, here, progress)
         by_itself = _compiled_by_itself(plan, trained, Position(), train_split, here)
         with compiled(plan.train.compile, by_itself=by_itself, device=here.device, progress=progress):
@@ -148,8 +149,31 @@ def probe(plan: Plan, progress: Progress) -> Probed:
         )
 
 
+def _trained(
+    plan: Plan,
+    base: megatron.Checkpoint,
+    found: megatron.Checkpoint | None,
+    split: PackedSplit,
+    here: World,
+    progress: Progress,
+) -> tuple[Trained, Mapping[str, str]]:
+    """What the run trains, as it is before its first step, and the documents of how its method settled."""
+    if plan.peft is None:
+        return _unsettled(plan, base, here.device, progress), {}
+    method, documents = _method(plan, plan.peft, base, found, split, here, progress)
+    return _model(plan, base, method, here.device, progress), documents
+
+
+def _unsettled(plan: Plan, base: megatron.Checkpoint, device: torch.device, progress: Progress) -> Trained:
+    """The model, or the adapters of a method with what it has before any search of its own."""
+    if plan.peft is None:
+        return WholeModel.of(_decoder(plan, base, device, progress))
+    return _model(plan, base, adapters.create(plan.peft, _shape(base)), device, progress)
+
+
 def _method(
     plan: Plan,
+    section: Peft,
     base: megatron.Checkpoint,
     found: megatron.Checkpoint | None,
     split: PackedSplit,
@@ -158,10 +182,10 @@ def _method(
 ) -> tuple[adapters.Method[Any], Mapping[str, str]]:
     """The method with nothing left open (as asked, as `found` was trained, or as it settles now), and its documents."""
     shape = _shape(base)
-    if problems := list(misfits(plan.peft, shape)):
+    if problems := list(misfits(section, shape)):
         raise ConfigError(problems)
-    method = adapters.create(plan.peft, shape)
-    if not plan.peft.open:
+    method = adapters.create(section, shape)
+    if not section.open:
         return method, {}
     if found is not None:
         settled = settled_before(found, plan, method)
@@ -252,9 +276,7 @@ def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Ten
             task.advance()
 
 
-def _compiled_by_itself(
-    plan: Plan, trained: adapters.Adapters, position: Position, split: PackedSplit, here: World
-) -> bool:
+def _compiled_by_itself(plan: Plan, trained: Trained, position: Position, split: PackedSplit, here: World) -> bool:
     """What train.compile=auto comes to: as the run did so far, or as its length says."""
     if position.compiled is not None:
         return position.compiled
@@ -277,14 +299,14 @@ def _check_sizes(plan: Plan, here: World, rows: int) -> None:
         raise ArtifactError(Problem(where="dataset.nano3_packed_sft_dir", what="the train split has no rows"))
 
 
-def _counts(trained: adapters.Adapters) -> dict[str, int]:
+def _counts(trained: Trained) -> dict[str, int]:
     trainable = sum(value.numel() for value in trained.parameters().values())
     return {"parameters": trained.decoder.config.parameters, "trainable_parameters": trainable}
 
 
 def _announce(
     plan: Plan,
-    trained: adapters.Adapters,
+    trained: Trained,
     trainable: int,
     position: Position,
     found: megatron.Checkpoint | None,
@@ -294,9 +316,12 @@ def _announce(
         raise ConfigError(problem)
     if found is None:
         dtype = str(trained.decoder.output_weight.dtype).removeprefix("torch.")
-        progress.log(
-            f"{plan.peft.type}: {trainable:,} trainable parameters on {len(trained.modules)} linears, "
-            f"base computed in {dtype}"
-        )
+        if plan.peft is None or not isinstance(trained, adapters.Adapters):
+            progress.log(f"the whole model: {trainable:,} trainable parameters, computed in {dtype}")
+        else:
+            progress.log(
+                f"{plan.peft.type}: {trainable:,} trainable parameters on {len(trained.modules)} linears, "
+                f"base computed in {dtype}"
+            )
     else:
         progress.log(f"going on from {found.folder}, iteration {position.iteration} of {plan.train.train_iters}")

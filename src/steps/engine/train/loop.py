@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steps.engine.adapters.base import Adapters
 from steps.engine.data.batches import MicroBatch, Order, read, shares
 from steps.engine.data.shards import PackedSplit
 from steps.engine.progress import Progress
@@ -22,15 +21,16 @@ from steps.engine.train.optim import AdamW, Gradients, clip
 from steps.engine.train.plan import Plan
 from steps.engine.train.saving import Position
 from steps.engine.train.schedule import learning_rate
+from steps.engine.train.trained import Trained
 from steps.errors import Problem, StepFailed
 
 
 @dataclass
 class Trainer:
-    """One run in one process. `run` is the only method with effects outside of adapters and optimizer."""
+    """One run in one process. `run` is the only method with effects outside of what is trained and the optimizer."""
 
     plan: Plan
-    adapters: Adapters
+    trained: Trained
     optimizer: AdamW
     train_split: PackedSplit
     valid_split: PackedSplit
@@ -38,7 +38,7 @@ class Trainer:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self._gradients = Gradients(self.adapters.parameters())
+        self._gradients = Gradients(self.trained.parameters())
         self._order = Order(len(self.train_split), self.plan.rng.seed)
         self._tokens, self._seconds = 0.0, 0.0
 
@@ -84,7 +84,7 @@ class Trainer:
         return sum(row["tokens"] for row in rows[1:]) / seconds, seconds / steps
 
     def _warm_up(self, position: Position) -> None:
-        warm_up(self.adapters, self._read(self.train_split, [self._order[position.consumed_samples]]), self.progress)
+        warm_up(self.trained, self._read(self.train_split, [self._order[position.consumed_samples]]), self.progress)
 
     def _step(self, position: Position) -> dict[str, float]:
         """One optimizer step; moves `position` and returns its row of metrics."""
@@ -92,14 +92,14 @@ class Trainer:
         iteration, first = position.iteration + 1, position.consumed_samples
         samples = range(first, first + plan.train.global_batch_size)
         lr = learning_rate(iteration, plan.optimizer, plan.scheduler, plan.train.train_iters)
-        self.adapters.decoder.train()
+        self.trained.decoder.train()
         self._gradients.zero()
         sums = torch.zeros(3, dtype=torch.float64)
         for share in shares(samples, plan.train.micro_batch_size, self.world.rank, self.world.size):
             # Dropout is a function of the data position, so that neither resuming nor more processes change it.
             torch.manual_seed(_seed(plan.rng.seed, share.start))
             batch = self._read(self.train_split, [self._order[sample] for sample in share])
-            loss = batch_loss(self.adapters.decoder, batch)
+            loss = batch_loss(self.trained.decoder, batch)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             sums += torch.tensor([loss.item(), len(batch.targets), len(batch.input_ids)], dtype=torch.float64)
@@ -109,7 +109,7 @@ class Trainer:
         for buffer in self._gradients.buffers:
             self.world.sum(buffer)
         self._gradients.scale(1 / trained)
-        penalty = self.adapters.method.penalty(self.adapters)
+        penalty = self.trained.penalty()
         if penalty is not None:
             penalty.backward()  # type: ignore[no-untyped-call]
         norm = self._gradients.norm()
@@ -117,7 +117,7 @@ class Trainer:
             raise _non_finite(iteration, loss_sum / trained, norm)
         clip(self._gradients, norm, plan.optimizer.clip_grad)
         self.optimizer.step(lr)
-        self.adapters.method.after_step(self.adapters, iteration, plan.train.train_iters)
+        self.trained.after_step(iteration, plan.train.train_iters)
         position.iteration, position.consumed_samples = iteration, samples.stop
         seconds = time.perf_counter() - began
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
@@ -127,10 +127,10 @@ class Trainer:
         }  # fmt: skip
 
     def _check_weights(self, iteration: int) -> None:
-        """What the last update did to the adapter shows in no loss yet; it must not be saved over what is good."""
-        for name, tensor in self.adapters.tensors().items():
+        """What the last update did shows in no loss yet; it must not be saved over what is good."""
+        for name, tensor in self.trained.tensors().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                what = f"the adapter is not finite any more ({name}); it is not saved"
+                what = f"the weights are not finite any more ({name}); they are not saved"
                 raise StepFailed(
                     Problem(f"iteration {iteration}", what, hint="Try a lower optimizer.lr.", name="non_finite_loss")
                 )
@@ -143,12 +143,12 @@ class Trainer:
         train = self.plan.train
         rows = min(len(self.valid_split), train.eval_iters * train.global_batch_size)
         sums = torch.zeros(2, dtype=torch.float64)
-        self.adapters.decoder.eval()
+        self.trained.decoder.eval()
         with torch.no_grad():
             for share in shares(range(rows), train.micro_batch_size, self.world.rank, self.world.size):
                 batch = self._read(self.valid_split, share)
                 sums += torch.tensor(
-                    [batch_loss(self.adapters.decoder, batch).item(), len(batch.targets)], dtype=torch.float64
+                    [batch_loss(self.trained.decoder, batch).item(), len(batch.targets)], dtype=torch.float64
                 )
         loss_sum, trained = self._total(sums)
         return loss_sum / trained if trained else None
@@ -162,7 +162,7 @@ class Trainer:
             self.progress.log(f"iteration {position.iteration}: valid loss {loss:.4f}")
 
     def _read(self, split: PackedSplit, rows: Iterable[int]) -> MicroBatch:
-        return read_known(split, list(rows), self.adapters.decoder.config.vocab_size).to(self.world.device)
+        return read_known(split, list(rows), self.trained.decoder.config.vocab_size).to(self.world.device)
 
     def _total(self, sums: Tensor) -> list[float]:
         total: list[float] = self.world.sum(sums.to(self.world.device)).tolist()
@@ -205,7 +205,7 @@ def _non_finite(iteration: int, loss: float, norm: float) -> StepFailed:
     return StepFailed(
         Problem(
             where=f"iteration {iteration}",
-            what=f"{what}; the adapter was not changed by this step",
+            what=f"{what}; nothing was changed by this step",
             hint="Try a lower optimizer.lr, a warmup, or train.precision=float32.",
             name="non_finite_loss",
         )

@@ -37,6 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64 if hidden.device.type == "cpu" else wide, device=hidden.device)
         # The gradient is made here, while a chunk's logits are at hand; the backward pass only scales it.
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         # One buffer for all chunks: fresh memory costs as much as the softmax.
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
@@ -44,25 +45,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = torch.mm(part, weight.T, out=buffer[: len(part)])
             losses = _softmax(logits, target)
             total += losses.sum(dtype=total.dtype)
-            if gradient is not None:
+            if gradient is not None or d_weight is not None:
                 # Less 1 at the target: exp(-loss) - 1 without the rounding of a probability near 1. By index, since
                 # scatter_ copies all of a bfloat16 tensor.
                 row = torch.arange(len(part), device=part.device)
                 logits[row, target[:, 0]] = torch.expm1(-losses[:, 0]).to(logits.dtype)
+            if gradient is not None:
                 torch.mm(logits, weight, out=gradient[start : start + rows])
-        ctx.save_for_backward(gradient)
+            if d_weight is not None:
+                d_weight += logits.T @ part
+        ctx.save_for_backward(gradient, d_weight)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        gradient, d_weight = ctx.saved_tensors
+        if gradient is not None:
+            gradient = gradient * grads[0].to(gradient.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * grads[0].to(d_weight.dtype)).to(ctx.weight_dtype)
+        return gradient, d_weight, None, None
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = CHUNK_ROWS) -> Tensor:
     """Sum over tokens of -log softmax(hidden weight^T)[target], a scalar (float64 on a CPU); no tokens: 0.
 
-    hidden: [n, hidden]; weight: [vocab, hidden], frozen; targets: [n] int64. Logits are [rows, vocab] at most.
+    hidden: [n, hidden]; weight: [vocab, hidden]; targets: [n] int64. Logits are [rows, vocab] at most.
     """
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call]
     return total

@@ -1,4 +1,4 @@
-"""AdamW over the adapters: gradients in one flat buffer, parameter groups, clipping, and state by parameter name."""
+"""AdamW over what is trained: gradients in one flat buffer, parameter groups, clipping, and state by parameter name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from steps.config.training import Optimizer
-from steps.engine.adapters.base import Adapters, Group
+from steps.engine.adapters.base import Group
+from steps.engine.train.trained import Trained
 
 
 class Gradients:
@@ -48,16 +49,16 @@ def clip(gradients: Gradients, norm: float, limit: float) -> None:
 
 
 class AdamW:
-    """torch.optim.AdamW with one group for each way the adapter method wants parameters treated."""
+    """torch.optim.AdamW with one group for each way that parameters want to be treated."""
 
-    def __init__(self, adapters: Adapters, settings: Optimizer, *, offload: bool = False) -> None:
+    def __init__(self, trained: Trained, settings: Optimizer, *, offload: bool = False) -> None:
         """offload: keep the state on the CPU and make the update there, on copies of parameters and gradients."""
-        self._parameters = adapters.parameters()
+        self._parameters = trained.parameters()
         self._updated = {name: _host_copy(value) if offload else value for name, value in self._parameters.items()}
         self._moved = [(value, self._updated[name]) for name, value in self._parameters.items()] if offload else []
         groups: dict[Group, list[nn.Parameter]] = {}
         for name, parameter in self._updated.items():
-            groups.setdefault(adapters.method.group(name, parameter), []).append(parameter)
+            groups.setdefault(trained.group(name, parameter), []).append(parameter)
         self._adamw = torch.optim.AdamW(
             [
                 {"params": members, "weight_decay": settings.weight_decay * group.wd_mult, "lr_mult": group.lr_mult}

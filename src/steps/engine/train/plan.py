@@ -17,6 +17,7 @@ class Plan:
     """One training run.
 
     packed_dir, base_dir: the packed_parquet and the checkpoint_megatron.
+    peft: the adapter method; None to train the model itself.
     facts: what is known of these two and belongs into the adapter's record: base_fingerprint, tokenizer_digest,
            chat_template_digest, pack_size, data_digest. Absent where an input has no record.
     """
@@ -26,15 +27,20 @@ class Plan:
     train: Train
     optimizer: Optimizer
     scheduler: Scheduler
-    peft: Peft
+    peft: Peft | None
     checkpoint: Checkpoint
     rng: Rng
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def save_dir(self) -> Path:
-        """Where the checkpoint_lora grows."""
+        """Where the checkpoint grows."""
         return Path(self.checkpoint.save).expanduser()
+
+    @property
+    def produces(self) -> str:
+        """The type of that checkpoint."""
+        return "checkpoint_megatron" if self.peft is None else "checkpoint_lora"
 
     def identity(self) -> dict[str, Any]:
         """By dotted key, everything that a run may not change when it goes on from a checkpoint.
@@ -45,7 +51,7 @@ class Plan:
         it.
         """
         sections: dict[str, dict[str, Any]] = {
-            "peft": self.peft.model_dump(),
+            "peft": {} if self.peft is None else self.peft.model_dump(),
             "optimizer": self.optimizer.model_dump(exclude={"offload"}),
             "scheduler": self.scheduler.model_dump(),
             "rng": self.rng.model_dump(),
@@ -66,6 +72,10 @@ class Plan:
 
 def mismatches(plan: Plan, facts: Mapping[str, Any], where: str) -> Iterator[Problem]:
     """What keeps `plan` from going on in the artifact at `where`, whose record has these facts."""
+    if plan.peft is None and "identity" not in facts:
+        what = f"{where} holds a model that no run of this step has trained; it is not changed"
+        yield Problem("checkpoint.save", what, hint="Choose another checkpoint.save.", name="run_mismatch")
+        return
     yield from differences(plan.identity(), facts.get("identity", {}), where)
     asked, computed = plan.train.precision, facts.get("compute_dtype")
     if asked != "auto" and computed is not None and asked != computed:

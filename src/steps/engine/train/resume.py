@@ -30,7 +30,7 @@ def find(plan: Plan) -> Source | None:
     home, step = plan.save_dir, plan.checkpoint.ckpt_step
     load = None if plan.checkpoint.load is None else Path(plan.checkpoint.load).expanduser()
     if load is not None and not load.exists():
-        raise ArtifactError(Problem(where="checkpoint.load", what=f"there is no checkpoint_lora at {load}"))
+        raise ArtifactError(Problem(where="checkpoint.load", what=f"there is no {plan.produces} at {load}"))
     known = records.read(home)
     if known is not None and step is not None and known.facts.get("rollback") == plan.rollback():
         step = None
@@ -52,7 +52,7 @@ def find(plan: Plan) -> Source | None:
             )
         )
     if load is not None:
-        raise ArtifactError(Problem(where="checkpoint.load", what=f"{load} holds no checkpoint_lora"))
+        raise ArtifactError(Problem(where="checkpoint.load", what=f"{load} holds no {plan.produces}"))
     return None
 
 

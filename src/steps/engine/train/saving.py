@@ -1,4 +1,4 @@
-"""The growing checkpoint_lora of a run: saved whole, resumed to the same bits, finished with a digest.
+"""The growing checkpoint of a run: saved whole, resumed to the same bits, finished with a digest.
 
 Whatever moment a kill hits, the directory is either absent or a valid artifact whose `latest` names a whole iteration.
 """
@@ -15,18 +15,15 @@ from typing import Any
 from steps.artifacts import record as records
 from steps.artifacts.checkpoint import iterations
 from steps.artifacts.record import Record
-from steps.engine.adapters.base import Adapters, Method, Settled
-from steps.engine.checkpoint import megatron
-from steps.engine.checkpoint.adapter_config import adapter_run_config
+from steps.engine.adapters.base import Method, Settled
+from steps.engine.checkpoint import convert, megatron
+from steps.engine.checkpoint.fingerprint import fingerprint
 from steps.engine.model import fusion
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan, differences, mismatches, other_precision
 from steps.engine.train.resume import find
+from steps.engine.train.trained import Trained
 from steps.errors import ArtifactError
-
-TYPE = "checkpoint_lora"
-# Settings of a method that stand in the record by themselves; all of them are in facts["peft"].
-_MAIN = ("dim", "alpha", "target_modules", "exclude_modules")
 
 
 @dataclass
@@ -49,7 +46,7 @@ def place(plan: Plan, *, is_main: bool) -> Iterator[None]:
     path = plan.save_dir
     with records.lock(path) if is_main else nullcontext():
         if is_main:
-            records.check_replaceable(path, TYPE)
+            records.check_replaceable(path, plan.produces)
             for old in path.glob(".iter_*.old"):  # killed while an iteration was saved a second time
                 whole = path / old.name[1:].removesuffix(".old")
                 shutil.rmtree(old) if whole.exists() else old.rename(whole)
@@ -95,23 +92,23 @@ def settled_before(checkpoint: megatron.Checkpoint, plan: Plan, method: Method[A
     where = checkpoint.folder.parent
     if problems := list(differences(plan.identity(), checkpoint.training_state()["identity"], str(where))):
         raise ArtifactError(problems)
-    section = type(plan.peft).model_validate(checkpoint.run_config["adapter"])
+    section = type(method.section).model_validate(checkpoint.run_config["adapter"])
     files = (where / name for name in method.documents)
     return Settled(section, {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()})
 
 
-def restore(checkpoint: megatron.Checkpoint, plan: Plan, adapters: Adapters, optimizer: AdamW) -> Position:
-    """Fill adapters and optimizer from a checkpoint. Raises ArtifactError when it belongs to another run."""
+def restore(checkpoint: megatron.Checkpoint, plan: Plan, trained: Trained, optimizer: AdamW) -> Position:
+    """Fill what is trained and the optimizer from a checkpoint. Raises ArtifactError when it belongs to another run."""
     state = checkpoint.training_state()
-    where, dtype = str(checkpoint.folder.parent), _compute_dtype(adapters)
+    where, dtype = str(checkpoint.folder.parent), _compute_dtype(trained)
     problems = list(differences(plan.identity(), state["identity"], where))
     if state["compute_dtype"] != dtype:
         problems.append(other_precision(dtype, state["compute_dtype"], where))
     if problems:
         raise ArtifactError(problems)
     try:
-        adapters.load({name: tensor.load() for name, tensor in checkpoint.tensors.items()})
-        adapters.load_memory(state.get("method", {}))
+        trained.load({name: tensor.load() for name, tensor in checkpoint.tensors.items()})
+        trained.load_memory(state.get("method", {}))
         optimizer.load(state["optimizer"])
     except ValueError as error:
         raise ArtifactError(f"{checkpoint.folder} does not fit: {error}") from error
@@ -135,7 +132,7 @@ class Saver:
     documents: Mapping[str, str] = field(default_factory=dict)
     rollback: Mapping[str, Any] | None = None
 
-    def go_back(self, position: Position, adapters: Adapters, optimizer: AdamW) -> None:
+    def go_back(self, position: Position, trained: Trained, optimizer: AdamW) -> None:
         """Make `position`, where the run goes on from, the end of what checkpoint.save holds; nothing else may mix.
 
         Only then does the record name the rollback: killed before, the same command goes back again; killed after, it
@@ -144,40 +141,39 @@ class Saver:
         home = self.plan.save_dir
         saved = iterations(home)
         if saved and position.iteration not in saved:  # it comes from checkpoint.load
-            self.save(position, adapters, optimizer)
+            self.save(position, trained, optimizer)
         if saved and saved[-1] > position.iteration:
-            self._unseal(position, adapters)
+            self._unseal(position, trained)
             self.record.write(home)
             megatron.rewind(home, position.iteration)
         self.rollback = self.plan.rollback()
 
-    def save(self, position: Position, adapters: Adapters, optimizer: AdamW) -> None:
+    def save(self, position: Position, trained: Trained, optimizer: AdamW) -> None:
         """Add `iter_NNNNNNN`; then the record knows of it."""
         home = self.plan.save_dir
         fresh = not home.exists() or not any(home.iterdir())
         directory = _beside(home) if fresh else home
-        self._unseal(position, adapters)
+        self._unseal(position, trained)
         if not fresh:
             self.record.write(directory)
         megatron.write(
             directory,
-            adapters.tensors(),
-            num_layers=adapters.decoder.config.num_layers,
-            run_config=adapter_run_config(
-                self.base.run_config, adapters.method.section, adapters.method.bridge_class, self.plan.base_dir
-            ),
+            trained.tensors(),
+            num_layers=trained.decoder.config.num_layers,
+            run_config=trained.run_config(self.base.run_config, self.plan.base_dir),
             iteration=position.iteration,
             consumed_samples=position.consumed_samples,
             training_state={
                 "identity": self.plan.identity(),
-                "compute_dtype": _compute_dtype(adapters),
+                "compute_dtype": _compute_dtype(trained),
                 "compiled": fusion.active(),
                 "iteration": position.iteration,
                 "consumed_samples": position.consumed_samples,
                 "history": position.history,
-                "method": {name: tensor.detach() for name, tensor in adapters.memory().items()},
+                "method": {name: tensor.detach() for name, tensor in trained.memory().items()},
                 "optimizer": optimizer.state(),
             },
+            beside=self._beside,
         )
         if fresh:
             for name, text in self.documents.items():
@@ -187,32 +183,43 @@ class Saver:
                 home.rmdir()
             directory.rename(home)
 
-    def _unseal(self, position: Position, adapters: Adapters) -> None:
+    def _unseal(self, position: Position, trained: Trained) -> None:
         # An older digest would call the files that come now damage.
         self.record.digest, self.record.files = "", {}
-        self.record.facts.update(self._facts(position, adapters, finished=False))
+        self.record.facts.update(self._facts(position, trained, finished=False))
 
-    def finish(self, position: Position, adapters: Adapters) -> None:
+    def finish(self, position: Position, trained: Trained) -> None:
         """Seal the artifact: digest and sizes of all files, so that damage is noticed from now on."""
         home = self.plan.save_dir
-        self.record.facts.update(self._facts(position, adapters, finished=True))
+        self.record.facts.update(self._facts(position, trained, finished=True))
+        if self.plan.peft is None:
+            model = convert.megatron_source(home)
+            found = convert.converted(model.config, model.tensors, fingerprint(model.tensors))
+            self.record.facts.update({**found.facts(), "compute_dtype": _compute_dtype(trained)})
         self.record.digest, self.record.files = records.digest_files(home)
         self.record.write(home)
 
-    def _facts(self, position: Position, adapters: Adapters, *, finished: bool) -> dict[str, Any]:
-        section = adapters.method.section.model_dump()
-        main = {name: value for name, value in section.items() if name in _MAIN}
+    def _facts(self, position: Position, trained: Trained, *, finished: bool) -> dict[str, Any]:
         facts = {name: value for name, value in self.plan.facts.items() if name != "data_digest"}
+        if self.plan.peft is None:
+            # Of a model this names its own weights, which change from save to save.
+            facts["trained_from"] = facts.pop("base_fingerprint", None)
         return {
-            **facts, "method": self.plan.peft.type, **main, "peft": section, "iteration": position.iteration,
-            "finished": finished, **adapters.method.report(adapters), **position.history, **self.counts,
-            "identity": self.plan.identity(),
-            "compute_dtype": _compute_dtype(adapters), **({"rollback": self.rollback} if self.rollback else {}),
+            **facts, **trained.report(), "iteration": position.iteration, "finished": finished,
+            **position.history, **self.counts, "identity": self.plan.identity(),
+            "compute_dtype": _compute_dtype(trained), **({"rollback": self.rollback} if self.rollback else {}),
         }  # fmt: skip
 
+    def _beside(self, folder: Path) -> None:
+        """A model takes along what the base has beside its weights: tokenizer and Hugging Face's own files."""
+        if self.plan.peft is None:
+            for name in ("tokenizer", "hf"):
+                if (self.base.folder / name).is_dir():
+                    shutil.copytree(self.base.folder / name, folder / name)
 
-def _compute_dtype(adapters: Adapters) -> str:
-    return str(adapters.decoder.output_weight.dtype).removeprefix("torch.")
+
+def _compute_dtype(trained: Trained) -> str:
+    return str(trained.decoder.output_weight.dtype).removeprefix("torch.")
 
 
 def _beside(path: Path) -> Path:

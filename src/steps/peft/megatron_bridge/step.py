@@ -5,8 +5,7 @@ from __future__ import annotations
 from steps import runtime
 from steps.artifacts.record import digest_files
 from steps.peft.megatron_bridge.schema import Config
-from steps.runtime.progress import duration
-from steps.shapes.estimate import size
+from steps.runtime.figures import probed
 
 _REPORTED = (
     "iteration", "loss_first", "loss_last", "valid_loss_first", "valid_loss_last", "parameters", "trainable_parameters",
@@ -34,15 +33,7 @@ def _torch(job: runtime.Job[Config]) -> None:
 def _probe(job: runtime.Job[Config]) -> None:
     from steps.engine.train.finetune import probe
 
-    found = probe(job.config.plan(job.inputs), job.progress)
-    ratio = found.peak_bytes / found.expected_bytes
-    job.summary(
-        tokens_per_second=found.tokens_per_second,
-        seconds_per_step=found.seconds_per_step,
-        peak_memory=f"{size(found.peak_bytes)}, {ratio:.2f} of the {size(found.expected_bytes)} expected",
-        time_to_finish=f"{duration(found.iterations * found.seconds_per_step)} for {found.iterations:,} steps, "
-        "evaluations and saves apart",
-    )
+    job.summary(**probed(probe(job.config.plan(job.inputs), job.progress)))
 
 
 def _megatron_bridge(job: runtime.Job[Config]) -> None:
