@@ -35,7 +35,7 @@ class Section(BaseModel):
         return ()
 
     @classmethod
-    def variants(cls) -> "Mapping[str, type[Section]]":
+    def classes(cls) -> "Mapping[str, type[Section]]":
         """The class of each kind."""
         return {kind: cls.variant({"type": kind}) for kind in cls.kinds()}
 

@@ -85,7 +85,7 @@ def outgrown(adopted: Adopted, key: str, section: type[Section]) -> Adopted:
         if name not in mine
         and _position(f"{key}.{name}", order) < chosen
         and _layer(source_of(f"{key}.{name}", adopted.sources)) != where  # one command line: in whatever order
-        and any(name in keys(other) for other in section.variants().values())
+        and any(name in keys(other) for other in section.classes().values())
     ]
     if not gone:
         return adopted

@@ -135,7 +135,7 @@ def fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
         section = section_of(info.annotation)
         if section is None:
             yield f"{prefix}{name}", info
-        elif variants := section.variants():
+        elif variants := section.classes():
             yield from _fields_of_all(variants, section.variant({}), f"{prefix}{name}.")
         else:
             yield from fields(section, f"{prefix}{name}.")
@@ -206,7 +206,7 @@ def _unknown(key: str, name: str, siblings: list[str], cls: type[BaseModel], sou
 def _owners(cls: type[BaseModel], parent: str, name: str) -> list[str]:
     """The kinds of the section `parent` that have the key `name`; none where it has no kinds."""
     section = section_of(info.annotation) if (info := keys(cls).get(parent)) is not None else None
-    return [kind for kind, other in section.variants().items() if name in keys(other)] if section else []
+    return [kind for kind, other in section.classes().items() if name in keys(other)] if section else []
 
 
 def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix: str) -> Problem:

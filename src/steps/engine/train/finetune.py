@@ -45,10 +45,23 @@ class Result:
     facts: of the adapter's record: iteration, loss_first, loss_last, valid_loss_first, valid_loss_last, parameters (of
            the base), trainable_parameters, ….
     tokens_per_second: None when there was nothing left to train.
+    peak_bytes: the most memory that this process had, on its GPU where it computes on one; None as above.
     """
 
     facts: Mapping[str, Any]
     tokens_per_second: float | None
+    peak_bytes: int | None
+
+    def told(self) -> dict[str, Any]:
+        """What the person who started the run wants to read."""
+        shown = {name: value for name, value in self.facts.items() if name in _REPORTED}
+        measured = {"tokens_per_second": self.tokens_per_second, "peak_bytes": self.peak_bytes}
+        return {**shown, **{name: value for name, value in measured.items() if value is not None}}
+
+
+_REPORTED = (
+    "iteration", "loss_first", "loss_last", "valid_loss_first", "valid_loss_last", "parameters", "trainable_parameters",
+)  # fmt: skip
 
 
 def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
@@ -61,7 +74,7 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
         here.barrier()
         if complete := finished(plan):
             progress.log(f"nothing to do: {plan.save_dir} has all {plan.train.train_iters} iterations of this run")
-            return Result(complete.facts, None)
+            return Result(complete.facts, None, None)
         base = megatron.Checkpoint.open(plan.base_dir)
         train_split, valid_split = (PackedSplit(plan.packed_dir, split) for split in ("train", "valid"))
         _check_sizes(plan, here, len(train_split))
@@ -98,7 +111,7 @@ def finetune(plan: Plan, record: Record, progress: Progress) -> Result:
             saver.finish(position, trained)
             if told := trained.summary():
                 progress.log(told)
-        return Result(record.facts, trainer.tokens_per_second)
+        return Result(record.facts, trainer.tokens_per_second, _peak_bytes(here.device))
 
 
 #: Optimizer steps of a probe, after one that is not counted: it makes caches, kernels and the optimizer's state.
@@ -139,14 +152,17 @@ def probe(plan: Plan, progress: Progress) -> Probed:
         by_itself = _compiled_by_itself(plan, trained, Position(), train_split, here)
         with compiled(plan.train.compile, by_itself=by_itself, device=here.device, progress=progress):
             speed, seconds = trainer.probe(_PROBED_STEPS)
-        on_gpu = here.device.type == "cuda"
         return Probed(
             speed,
             seconds,
             max(0, plan.train.train_iters - (0 if found is None else found.iteration)),
-            torch.cuda.max_memory_reserved(here.device) if on_gpu else machine.peak_bytes(),
+            _peak_bytes(here.device),
             estimate.peak(recompute=plan.train.recompute_granularity == "full"),
         )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else machine.peak_bytes()
 
 
 def _trained(

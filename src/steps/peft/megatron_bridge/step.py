@@ -7,10 +7,6 @@ from steps.artifacts.record import digest_files
 from steps.peft.megatron_bridge.schema import Config
 from steps.runtime.figures import probed
 
-_REPORTED = (
-    "iteration", "loss_first", "loss_last", "valid_loss_first", "valid_loss_last", "parameters", "trainable_parameters",
-)  # fmt: skip
-
 
 def run(job: runtime.Job[Config]) -> None:
     """Hand the work to the engine that the configuration chooses."""
@@ -26,8 +22,7 @@ def _torch(job: runtime.Job[Config]) -> None:
     from steps.engine.train.finetune import finetune
 
     result = finetune(job.config.plan(job.inputs), job.record("checkpoint.save"), job.progress)
-    reported = {name: value for name, value in result.facts.items() if name in _REPORTED}
-    job.summary(checkpoint=job.config.checkpoint.save, **reported, tokens_per_second=result.tokens_per_second)
+    job.summary(checkpoint=job.config.checkpoint.save, **result.told())
 
 
 def _probe(job: runtime.Job[Config]) -> None:

@@ -1,0 +1,47 @@
+"""Methods, ranks or any other settings compared: the same base, data, seeds and steps, each in a job of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from steps import runtime
+from steps.engine.comparison import plots
+from steps.engine.comparison.report import told, write
+from steps.engine.comparison.results import summarized
+from steps.engine.comparison.running import Runner, compare
+from steps.errors import StepFailed
+from steps.peft.compare.schema import Config
+from steps.runtime import Job
+from steps.runtime.started import Starter
+
+
+def run(job: Job[Config]) -> None:
+    """Train what is missing, then tell everything."""
+    config = job.config
+    starter = Starter(config.profile, config.env_file and str(Path(config.env_file).absolute()), config.parallel)
+    runner = Runner(starter.start, config.parallel, job.progress, _classification(config))
+    with starter.stopping():
+        outcomes = compare(config.compared, config.common(), config.used_seeds, config.runs, runner)
+    rows = summarized(outcomes)
+    if not any(row.runs for row in rows):
+        raise StepFailed(f"no variant ended well; the first: {rows[0].error}", name="every_variant_failed")
+    with job.produce("output_dir") as out:
+        pictures = plots.draw(rows, outcomes, out.path)
+        facts = told(config.common(), config.used_seeds, job.inputs)
+        best = write(out.path, rows, outcomes, facts, pictures)
+        out.facts.update(variants=[asdict(row) for row in rows], seeds=config.used_seeds)
+    failed = [row.name for row in rows if row.error]
+    job.summary(best=best, variants=len(rows), failed=", ".join(failed) or "none", output_dir=config.output_dir)
+
+
+def _classification(config: Config) -> dict[str, Any] | None:
+    if config.classify is None:
+        return None
+    section = config.classify.model_dump()
+    return {**section, "examples_path": str(Path(config.classify.examples_path).expanduser().absolute())}
+
+
+if __name__ == "__main__":
+    runtime.main(run)
