@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -124,8 +125,8 @@ def keys(cls: type[BaseModel]) -> dict[str, Any]:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The Section class in an annotation (`Peft`, `Peft | None`), or None."""
-    options = getattr(annotation, "__args__", (annotation,))
+    """The Section class in an annotation (`Peft`, `Peft | None`), or None; a list of sections is none."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((kind for kind in options if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 

@@ -9,7 +9,7 @@ import steps
 
 
 def sources() -> Iterator[tuple[Path, str]]:
-    """Every file of the package `steps`, with its place below a directory that a PYTHONPATH can name."""
+    """What a job may need of the package `steps`: each file, and its place below a directory that a PYTHONPATH can name."""
     root = Path(steps.__file__).resolve().parent
     for path in _files(root):
         yield path, f"{root.name}/{path.relative_to(root).as_posix()}"
@@ -21,5 +21,5 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         if path.is_dir():
             yield from _files(path)
-        elif path.suffix != ".pyc":
+        elif path.suffix not in (".pyc", ".md"):
             yield path

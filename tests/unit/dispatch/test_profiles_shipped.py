@@ -42,7 +42,9 @@ def test_every_step_has_a_profile_with_which_its_default_can_be_planned(kind, st
     assert planned.spec.executor == kind
     assert planned.spec.image.startswith("nvcr.io/nvidia/nemo:")
     gpus = planned.spec.environment.gpus_per_node
-    assert (planned.spec.nprocs, gpus) == ((8, 8) if step == "peft/megatron_bridge" else (1, 0))
+    one_gpu = step.startswith("eval/") or step == "peft/compare"
+    expected = (8, 8) if step.endswith("/megatron_bridge") else (1, 1) if one_gpu else (1, 0)
+    assert (planned.spec.nprocs, gpus) == expected
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -341,7 +341,7 @@ def test_files_of_others_are_never_overwritten(root):
 
 
 def test_an_update_that_ruins_the_adapter_is_not_saved(root):
-    with pytest.raises(StepFailed, match=r"iteration 1: the adapter is not finite any more") as caught:
+    with pytest.raises(StepFailed, match=r"iteration 1: the weights are not finite any more") as caught:
         train(
             root, train={"train_iters": 1}, optimizer={"lr": 1e36, "min_lr": 1e36, "weight_decay": 1e38},
             scheduler={"lr_warmup_iters": 0}, checkpoint={"save_interval": 1},

@@ -82,7 +82,7 @@ def _against(
         x, loss = of(row), row.valid_loss
         if x is None or loss is None:
             continue
-        spread = [[loss.mean - loss.low], [loss.high - loss.mean]]
+        spread = [[loss.mean - loss.low], [loss.high - loss.mean]] if row.runs > 1 else None
         axes.errorbar(x, loss.mean, yerr=spread, label=row.name, capsize=4, linestyle="", **_style(places[row.name]))
     if log:
         axes.set_xscale("log")
@@ -115,6 +115,7 @@ def _curves(axes: Any, rows: Sequence[Row], outcomes: Sequence[Outcome], places:
             axes.plot(*zip(*run.valid, strict=True), linestyle=line, linewidth=1.8, label=row.name, **style)
         else:
             axes.plot([], [], linestyle=line, label=row.name, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token); thin: training, marked: valid")
     _legend(axes, len(rows))
@@ -152,4 +153,4 @@ def _ranks(axes: Any, rows: Sequence[Row]) -> None:
 
 def _legend(axes: Any, count: int) -> None:
     """Beside the picture, where it covers no point."""
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=1 if count <= 16 else 2)
+    axes.figure.legend(loc="outside right center", frameon=False, ncols=1 if count <= 16 else 2)
