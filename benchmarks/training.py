@@ -96,6 +96,9 @@ def page(speed: Sequence[list[str]], memory: Sequence[list[str]], shares: Sequen
             "their input, of the adapters, of causal attention inside documents, of the output layer at trained "
             "tokens), against the product of two 2,048 x 2,048 matrices:",
             table(shares),
+            "That share bounds every ratio above: at two thirds of the peak a step that did nothing but these products "
+            "would take two thirds of the time. What else a bf16 step does: attention's softmax, the pointwise pieces, "
+            "copies between them.",
         )
     )
 

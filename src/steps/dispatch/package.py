@@ -9,7 +9,7 @@ import steps
 
 
 def sources() -> Iterator[tuple[Path, str]]:
-    """What a job may need of the package `steps`: each file, and its place below a directory that a PYTHONPATH can name."""
+    """The files of the package `steps` that a job may need, with their places below a directory for PYTHONPATH."""
     root = Path(steps.__file__).resolve().parent
     for path in _files(root):
         yield path, f"{root.name}/{path.relative_to(root).as_posix()}"
