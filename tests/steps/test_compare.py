@@ -145,7 +145,9 @@ def test_table_pictures_and_page(compared):
     assert len(ids) == len(set(ids))
     record = read(place)
     assert record.type == "comparison_report"
-    assert [row["name"] for row in record.facts["variants"]] == ["lora", "wild", "full"]
+    assert list(record.facts["variants"]) == ["lora", "wild", "full"]
+    assert record.facts["variants"]["full"]["lr"] == 0.003
+    assert "non_finite_loss" in record.facts["variants"]["wild"]["error"]
 
 
 def test_the_same_command_runs_only_what_is_missing(compared):
@@ -214,7 +216,7 @@ def test_everything_that_is_wrong_is_told_at_once_before_anything_trains(inputs)
     ):  # fmt: skip
         assert part in told, part
     assert "seeds: [3, 3] holds a seed twice" in faults(inputs, [LORA], seeds=[3, 3])
-    with pytest.raises(ConfigError, match="sett"):
+    with pytest.raises(ConfigError, match=r"variants.0.sett: unknown key"):
         validate(Config, config(inputs, [{"name": "a", "sett": []}]))
 
 

@@ -220,6 +220,8 @@ def _from_pydantic(entry: Mapping[str, Any], sources: Mapping[str, str], prefix:
     allowed, hint = "", ""
     if kind == "missing":
         return Problem(where=key, what="is required", hint=f"Add {key}=… to the command line or the YAML.")
+    if kind == "extra_forbidden":  # inside an entry of a list, which pydantic judges by itself
+        return Problem(where=key, what="unknown key", source=source_of(key, sources))
     if kind in ("literal_error", "enum"):
         what = f"{show(value, key)} is not one of the choices"
         allowed = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")

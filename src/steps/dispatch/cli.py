@@ -154,7 +154,11 @@ def show(
         return
     from steps.dispatch.parameters import parameters
 
-    found = catalog.find(step)
+    try:
+        found = catalog.find(step)
+    except UsageError as error:
+        (problem,) = error.problems
+        raise UsageError(f"{problem.what}, and nothing of that name here", hint=problem.hint) from None
     rows = parameters(found)
     if json:
         _print_json({**render.step_json(found), "config": rows})

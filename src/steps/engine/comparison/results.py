@@ -154,6 +154,13 @@ class Row:
             return None
         return self.trainable / (self.parameters + (self.trainable if self.method != "full" else 0))
 
+    def facts(self) -> dict[str, Any]:
+        """What an artifact's record says of it: the means."""
+        figures = {"valid_loss": self.valid_loss, "accuracy": self.accuracy}
+        known = {name: figure.mean for name, figure in figures.items() if figure is not None}
+        told = {"lr": self.lr, "trainable_parameters": self.trainable, "peak_bytes": self.peak_bytes, **known}
+        return told | ({"error": self.error} if self.error else {})
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "share": self.share}
 

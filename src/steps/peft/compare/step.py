@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def run(job: Job[Config]) -> None:
         pictures = plots.draw(rows, outcomes, out.path)
         facts = told(config.common(), config.used_seeds, job.inputs)
         best = write(out.path, rows, outcomes, facts, pictures)
-        out.facts.update(variants=[asdict(row) for row in rows], seeds=config.used_seeds)
+        out.facts.update(variants={row.name: row.facts() for row in rows}, seeds=config.used_seeds)
     failed = [row.name for row in rows if row.error]
     job.summary(best=best, variants=len(rows), failed=", ".join(failed) or "none", output_dir=config.output_dir)
 
