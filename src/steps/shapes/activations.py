@@ -76,8 +76,9 @@ def activations(
     rows = min(_CHUNK_ROWS, trained)
     # loss._ChunkedCrossEntropy: one buffer in the compute dtype and, where that is another, a chunk in float32.
     logits = rows * model.vocab_size * (width + (_WIDE if width < _WIDE else 0))
-    if section is None:  # the gradient of the output layer, float32, and a chunk's part of it; the weights' own later
-        logits += model.vocab_size * model.hidden_size * (_WIDE + width)
+    if section is None:  # loss._ChunkedCrossEntropy: the gradient of the output layer, and a chunk's part of it
+        table = model.vocab_size * hidden
+        ends, logits = ends + table * _WIDE, logits + table * width
     return Activations(
         tuple(layers), tokens * hidden * width, ends, logits, _transient(model, dtype, tokens, longest),
         _freed(model, dtype, tokens),

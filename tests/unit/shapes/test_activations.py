@@ -14,6 +14,8 @@ from support.packed import SHAPE, random_decoder
 from steps.engine.adapters import base as adapters
 from steps.engine.data.batches import MicroBatch
 from steps.engine.train.loop import batch_loss
+from steps.engine.train.optim import Gradients
+from steps.engine.train.trained import Trained, WholeModel
 from steps.shapes import activations, targets
 from steps.shapes.model_config import ModelConfig
 
@@ -57,7 +59,7 @@ def kept_by_autograd(known: set[int]) -> Iterator[dict[int, torch.UntypedStorage
         yield found
 
 
-def measured(trained: adapters.Adapters) -> tuple[int, int]:
+def measured(trained: Trained) -> tuple[int, int]:
     """Bytes kept by one micro-batch, what it consists of included; and its trained tokens."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(LARGER.vocab_size, (TOKENS,), generator=generator)
@@ -83,6 +85,16 @@ def expected(case: dict, model: ModelConfig, dtype: str, trained: int) -> activa
             update={"layer_bits": [8] * model.num_layers, "layer_ranks": [4] * model.num_layers}
         )
     return activations.activations(settings, model, dtype, TOKENS, trained, max(LENGTHS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_is_trained_itself_keeps_what_it_says(name, dtype):
+    whole = WholeModel.of(random_decoder(MODELS[name], dtype=getattr(torch, dtype)))
+    Gradients(whole.parameters())
+    found, trained = measured(whole)
+    told = activations.activations(None, MODELS[name], dtype, TOKENS, trained, max(LENGTHS))
+    assert told.kept(recompute=False) == found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
