@@ -133,7 +133,7 @@ def test_tables_are_whole_in_a_pipe_and_narrow_terminals_cut_no_id(tmp_path):
 
 
 def test_show_tells_everything(tmp_path):
-    page = steps("show", "megatron_bridge", cwd=tmp_path).stdout
+    page = steps("show", "peft/megatron_bridge", cwd=tmp_path).stdout
     for word in ("-c default", "-c tiny", "peft.dim", "Strategies", "Errors", "seq_length_mismatch", "torchrun"):
         assert word in page
 
