@@ -22,7 +22,7 @@ from steps.shapes.model_config import ModelConfig
 PROCESS_BYTES = 376_000_000
 #: Holes in the heap, a fit (see Estimate._holes): bytes at once; of each layer for a byte of the compute dtype; and of
 #: that with recomputation; where a layer frees so much.
-_HOLES, _LAYER_HOLES, _RECOMPUTED = 230_000_000, 15_000_000, 0.6
+_HOLES, _LAYER_HOLES, _RECOMPUTED = 230_000_000, 15_000_000, 0.45
 
 
 @dataclass(frozen=True)
