@@ -229,6 +229,14 @@ def test_a_variant_of_another_method_leaves_the_common_methods_settings_behind(i
     assert other.config["peft"] == peft
 
 
+def test_data_made_anew_at_the_same_path_are_other_data(inputs):
+    typed, _ = validate(Config, config(inputs, [LORA]))
+    (variant,) = typed.compared
+    one, other = (variant.trial(typed.common(), 0.1, 7, typed.runs, [digest]) for digest in ("a", "b"))
+    assert one.directory != other.directory
+    assert one.config["peft"] == other.config["peft"]
+
+
 def check_inputs(inputs, data):
     typed, _ = validate(Config, data)
     opened = {

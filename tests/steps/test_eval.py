@@ -147,6 +147,13 @@ def test_rows_that_are_no_prompts_are_named_and_nothing_is_answered(root, tmp_pa
     assert not (tmp_path / "answers").exists()
 
 
+def test_texts_longer_than_the_model_was_made_for_are_warned_of(root, tmp_path):
+    done = generate(root, tmp_path, rows=ROWS[:1], max_new_tokens=510)
+    assert done.returncode == 0, done.stderr
+    assert "warning: texts of 514 tokens; the model was made for 512" in done.stdout
+    assert "warning" not in generate(root, tmp_path, rows=ROWS[:1]).stdout
+
+
 def test_settings_without_effect_are_refused(root, tmp_path):
     done = generate(root, tmp_path, top_k=5)
     assert done.returncode == 3

@@ -82,14 +82,26 @@ def best(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def compare(
-    variants: Sequence[Variant], common: Mapping[str, Any], seeds: Sequence[int], runs: Path, runner: Runner
+    variants: Sequence[Variant],
+    common: Mapping[str, Any],
+    seeds: Sequence[int],
+    runs: Path,
+    made_of: Sequence[str],
+    runner: Runner,
 ) -> list[Outcome]:
-    """Every variant at each of its learning rates from the first seed, then at the best of them from the others."""
-    grid = [[variant.trial(common, lr, seeds[0], runs) for lr in variant.lrs or (None,)] for variant in variants]
+    """Every variant at each of its learning rates from the first seed, then at the best of them from the others.
+
+    The rest as for `Variant.trial`.
+    """
+
+    def trial(variant: Variant, lr: float | None, seed: int) -> Trial:
+        return variant.trial(common, lr, seed, runs, made_of)
+
+    grid = [[trial(variant, lr, seeds[0]) for lr in variant.lrs or (None,)] for variant in variants]
     found = runner.all(trial for trials in grid for trial in trials)
     chosen = {variant.name: best([one for one in found if one.variant == variant.name]) for variant in variants}
     again = [
-        variant.trial(common, outcome.lr, seed, runs)
+        trial(variant, outcome.lr, seed)
         for variant in variants
         if (outcome := chosen[variant.name]) is not None
         for seed in seeds[1:]

@@ -73,8 +73,14 @@ class Variant:
     settings: Sequence[str]
     lrs: Sequence[float]
 
-    def trial(self, common: Mapping[str, Any], lr: float | None, seed: int, runs: Path) -> Trial:
-        """Its run. common: sections of a training step; runs: where all runs go. Raises ConfigError."""
+    def trial(
+        self, common: Mapping[str, Any], lr: float | None, seed: int, runs: Path, made_of: Sequence[str] = ()
+    ) -> Trial:
+        """Its run. Raises ConfigError.
+
+        common:  sections of a training step.   runs: where all runs go.
+        made_of: digests of base and data: a run on what was made anew at the same path is another one.
+        """
         data = _applied(common, self.settings)
         if lr is not None:
             data.setdefault("optimizer", {})["lr"] = lr
@@ -83,7 +89,8 @@ class Variant:
         # Whatever decides the result is in the directory's name: other settings never go on from what they find.
         decides = {name: value for name, value in data.items() if name != "checkpoint"}
         decides["base"] = data["checkpoint"]["pretrained_checkpoint"]
-        digest = hashlib.sha256(json.dumps([step, decides], sort_keys=True, default=str).encode()).hexdigest()
+        decided = json.dumps([step, decides, *made_of], sort_keys=True, default=str)
+        digest = hashlib.sha256(decided.encode()).hexdigest()
         used = data.get("optimizer", {}).get("lr", _DEFAULT_LR)
         lr = float(used) if isinstance(used, int | float) else _DEFAULT_LR  # `typed` refuses anything else
         directory = runs / self.name / f"lr-{lr:g}-seed-{seed}-{digest[:8]}"

@@ -137,10 +137,14 @@ def answers(
 
     batch_size: prompts that are answered at a time; memory grows with it, answers do not depend on it.
     """
+    longest, told = decoder.config.max_position_embeddings, False
     with progress.task("generate", len(prompts), "answers") as task:
         for first in range(0, len(prompts), batch_size):
             some = prompts[first : first + batch_size]
             ids = [tokenizer.encode(as_text(tokenizer, prompt)) for prompt in some]
+            if not told and (length := max(map(len, ids)) + max_new_tokens) > longest:
+                told = True
+                progress.log(f"warning: texts of {length:,} tokens; the model was made for {longest:,}")
             found = generate(decoder, ids, max_new_tokens, stop, sampling, first)
             for prompt, asked, said in zip(some, ids, found, strict=True):
                 text = tokenizer.decode(said).strip()

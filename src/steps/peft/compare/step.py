@@ -21,8 +21,9 @@ def run(job: Job[Config]) -> None:
     config = job.config
     starter = Starter(config.profile, config.env_file and str(Path(config.env_file).absolute()), config.parallel)
     runner = Runner(starter.start, config.parallel, job.progress, _classification(config))
+    made_of = [item.record.digest if item.record else item.value for item in job.inputs.values()]
     with starter.stopping():
-        outcomes = compare(config.compared, config.common(), config.used_seeds, config.runs, runner)
+        outcomes = compare(config.compared, config.common(), config.used_seeds, config.runs, made_of, runner)
     rows = summarized(outcomes)
     if not any(row.runs for row in rows):
         raise StepFailed(f"no variant ended well; the first: {rows[0].error}", name="every_variant_failed")
