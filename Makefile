@@ -36,7 +36,8 @@ $(VENV)-cluster/.done: pyproject.toml
 	cd / && $(abspath $(@D))/bin/python -c "import nemo_run, leptonai.api.v2.client, steps.dispatch.cli"
 	touch $@
 
-# The tests run a real Slurm of their own. Where apt can bring it, it does; elsewhere those tests are skipped, and say so.
+# The tests run a real Slurm of their own, and look at a page in a real browser. Where apt can bring these, it does;
+# elsewhere those tests are skipped, and say so.
 # A database for Slurm's accounting is only for the slow tests (make test-slow MORE_SERVERS=…).
 MORE_SERVERS ?=
 .PHONY: servers
@@ -45,6 +46,10 @@ servers:
 			for tool in slurmctld slurmd munged sbatch sshd rsync; do command -v $$tool >/dev/null || exit 1; done ); then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 			slurm-wlm munge openssh-server openssh-client rsync $(MORE_SERVERS) >/dev/null || echo "no Slurm: its tests will be skipped"; \
+	fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+			chromium >/dev/null || echo "no Chromium: its tests will be skipped"; \
 	fi
 
 $(VENV)-bridge/.done:
