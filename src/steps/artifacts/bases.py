@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a base, by what their records say."""
+"""Whether artifacts belong together, an adapter and its base above all, by what their records say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 from steps.artifacts.opening import Artifact
 from steps.errors import Problem
+
+
+def disagree(one: Artifact, other: Artifact, fact: str) -> bool:
+    """Whether both know a fact and do not agree on it."""
+    return fact in one.facts and fact in other.facts and bool(one.facts[fact] != other.facts[fact])
 
 
 def mismatch(adapter: Artifact, base: Artifact) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from steps.artifacts import checkpoint, packed_parquet
@@ -16,7 +16,7 @@ from steps.errors import ArtifactError
 class Origin:
     """One artifact of a chain.
 
-    path:   as it was named; None for the Hub.   type: by its record, else by who read it or by what lies there.
+    path:   as it was named.   type: by its record, else by who read it or by what lies there.
     key:    the config key that named it, '' for the one that was asked for.
     record: None where there is none (made by other tools, or gone).
     faults: what is wrong with it now: gone, damaged, or no longer what was read.
@@ -28,7 +28,7 @@ class Origin:
     key: str = ""
     record: Record | None = None
     faults: Sequence[str] = ()
-    made_from: Sequence[Origin] = field(default=())
+    made_from: Sequence[Origin] = ()
 
 
 def home(path: Path) -> Path:

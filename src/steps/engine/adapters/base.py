@@ -294,6 +294,16 @@ def create(section: Peft | Mapping[str, Any], model: ModelConfig) -> Method[Any]
     return _METHODS[type](section, model)
 
 
+def check_fit(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a tensor of a checkpoint that is absent, left over or of another shape than mine."""
+    if odd := set(mine) ^ set(tensors):
+        name = min(odd)
+        raise ValueError(f"{name} is {'not in the checkpoint' if name in mine else 'in the checkpoint only'}")
+    for name, tensor in mine.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(f"{name}: shape {list(tensors[name].shape)}, expected {list(tensor.shape)}")
+
+
 @dataclass(frozen=True)
 class Adapters:
     """A decoder with its adapters in place.
@@ -317,13 +327,7 @@ class Adapters:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill from what `tensors` returned. Raises ValueError for one absent, left over or of another shape."""
-        mine = self.tensors()
-        if odd := set(mine) ^ set(tensors):
-            name = min(odd)
-            raise ValueError(f"{name} is {'not in the checkpoint' if name in mine else 'in the checkpoint only'}")
-        for name, tensor in mine.items():
-            if tensor.shape != tensors[name].shape:
-                raise ValueError(f"{name}: shape {list(tensors[name].shape)}, expected {list(tensor.shape)}")
+        check_fit(self.tensors(), tensors)
         if self.shared is not None:
             self.shared.load_state_dict({name: tensors[f"adapter.{name}"] for name in self.shared.state_dict()})
         for name, module in self.modules.items():

@@ -174,13 +174,16 @@ def _names(outcomes: Sequence[Outcome]) -> Iterator[str]:
     return iter(dict.fromkeys(outcome.variant for outcome in outcomes))
 
 
+def best(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The run with the lowest valid loss; None where all have failed."""
+    whole = [outcome for outcome in outcomes if outcome.valid_loss is not None]
+    return min(whole, key=lambda outcome: outcome.valid_loss or 0.0, default=None)
+
+
 def chosen(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The runs of one variant at the learning rate that was best from the first seed; all where none ended well."""
-    first = [one for one in outcomes if one.seed == outcomes[0].seed and one.valid_loss is not None]
-    if not first:
-        return list(outcomes)
-    lr = min(first, key=lambda one: one.valid_loss or 0.0).lr
-    return [one for one in outcomes if one.lr == lr]
+    first = best([one for one in outcomes if one.seed == outcomes[0].seed])
+    return [one for one in outcomes if first is None or one.lr == first.lr]
 
 
 def _row(name: str, outcomes: Sequence[Outcome]) -> Row:

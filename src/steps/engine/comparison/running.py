@@ -11,7 +11,7 @@ from typing import Any
 
 from steps.artifacts import record
 from steps.config import yaml12
-from steps.engine.comparison.results import Outcome, collected
+from steps.engine.comparison.results import Outcome, best, collected
 from steps.engine.comparison.variants import Trial, Variant
 from steps.engine.progress import Progress
 
@@ -73,12 +73,6 @@ class Runner:
         path = directory / f"{step.replace('/', '-')}.yaml"
         record.write_text(path, yaml12.dump(dict(config)))
         return self.start(step, path, directory)
-
-
-def best(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The run with the lowest valid loss; None where all have failed."""
-    whole = [outcome for outcome in outcomes if outcome.valid_loss is not None]
-    return min(whole, key=lambda outcome: outcome.valid_loss or 0.0, default=None)
 
 
 def compare(

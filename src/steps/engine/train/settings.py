@@ -11,7 +11,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from steps import machine
-from steps.artifacts import record
+from steps.artifacts import bases, record
 from steps.artifacts.opening import Artifact
 from steps.config import training
 from steps.config.base import StepConfig, lookup, section
@@ -91,14 +91,13 @@ class TrainingConfig(StepConfig):
             yield Problem(where="train.global_batch_size", what=what)
 
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:
-        base, data = inputs[BASE].facts, inputs[DATA].facts
-        length, size = self.recipe.seq_length, data.get("pack_size")
+        length, size = self.recipe.seq_length, inputs[DATA].facts.get("pack_size")
         if length is not None and size is not None and length != size:
             yield Problem(
                 where="recipe.seq_length", what=f"{length} is not the pack_size of the data, {size}",
                 name="seq_length_mismatch", hint=f"Set recipe.seq_length={size}, or pack with pack_size {length}.",
             )  # fmt: skip
-        if _differ(base, data, "tokenizer_digest"):
+        if bases.disagree(inputs[BASE], inputs[DATA], "tokenizer_digest"):
             yield Problem(
                 where=DATA, what="the data were packed with another tokenizer than the base model has",
                 name="tokenizer_mismatch", hint="Pack them again with the base model's tokenizer.",
@@ -199,8 +198,3 @@ def installed(package: str) -> bool:
     """Whether a package can be imported. A mere folder of its name (W&B writes its runs to ./wandb) is none."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
-
-
-def _differ(one: Mapping[str, object], other: Mapping[str, object], fact: str) -> bool:
-    """Whether both know a fact and do not agree on it."""
-    return fact in one and fact in other and one[fact] != other[fact]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steps.engine.adapters.base import Group
+from steps.engine.adapters.base import Group, check_fit
 from steps.engine.model.decoder import Decoder
 from steps.shapes.model_config import ModelConfig
 from steps.shapes.run_config import run_config
@@ -80,13 +80,9 @@ class WholeModel:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         mine = self.tensors()
-        if odd := set(mine) ^ set(tensors):
-            name = min(odd)
-            raise ValueError(f"{name} is {'not in the checkpoint' if name in mine else 'in the checkpoint only'}")
+        check_fit(mine, tensors)
         with torch.no_grad():
             for name, tensor in mine.items():
-                if tensor.shape != tensors[name].shape:
-                    raise ValueError(f"{name}: shape {list(tensors[name].shape)}, expected {list(tensor.shape)}")
                 tensor.copy_(tensors[name])
 
     def memory(self) -> dict[str, Tensor]:

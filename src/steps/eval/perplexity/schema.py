@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from steps.artifacts import packed_parquet
+from steps.artifacts import bases, packed_parquet
 from steps.artifacts.opening import Artifact
 from steps.config.evaluated import EvaluatedModel
 from steps.config.training import Dataset
@@ -26,8 +26,7 @@ class Config(EvaluatedModel):
     def check_inputs(self, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:
         yield from super().check_inputs(inputs)
         data, model = inputs[DATA], self.base(inputs)
-        mine, theirs = (artifact.facts.get("tokenizer_digest") for artifact in (data, model))
-        if mine and theirs and mine != theirs:
+        if bases.disagree(data, model, "tokenizer_digest"):
             what = "the data were packed with another tokenizer than the model has"
             hint = "Pack them again with the model's tokenizer."
             yield Problem(where=DATA, what=what, hint=hint, name="tokenizer_mismatch")

@@ -15,9 +15,11 @@ from steps.config.base import Section, of_its_kind, section
 from steps.config.peft import Peft
 from steps.engine.comparison.variants import Variant as Compared
 from steps.engine.comparison.variants import check, typed
-from steps.engine.train.settings import BASE, DATA, TrainingConfig, installed
+from steps.engine.train.settings import BASE, DATA, TrainingConfig, installed, shape_of
 from steps.errors import ArtifactError, ConfigError, Problem
 from steps.shapes.account import misfits
+
+__all__ = ["BASE", "DATA", "Config"]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 #: Sections of a training step that all variants share.
@@ -115,10 +117,10 @@ class Config(TrainingConfig):
                 run = typed(variant.trial(self.common(), None, self.used_seeds[0], self.runs))
             except ConfigError:
                 continue  # told by check_values
-            opened = {BASE: inputs[BASE], DATA: inputs[DATA]}
-            if run.adapter is not None and "model" in inputs[BASE].facts:
-                yield from (Problem(f"{where}: {p.where}", p.what, allowed=p.allowed) for p in misfits_of(run, opened))
-            account = run.account(opened)
+            if run.adapter is not None and (model := shape_of(inputs)) is not None:
+                told = misfits(run.adapter, model)
+                yield from (Problem(f"{where}: {p.where}", p.what, allowed=p.allowed) for p in told)
+            account = run.account(inputs)
             if account is not None and available is not None:
                 peaks.append((account.nbytes, where))
                 if account.nbytes > available and account.warnings:
@@ -156,15 +158,6 @@ class Config(TrainingConfig):
 
     def path_keys(self) -> tuple[str, ...]:
         return ("checkpoint.save", "env_file", "classify.examples_path")
-
-
-def misfits_of(run: TrainingConfig, inputs: Mapping[str, Artifact]) -> Iterator[Problem]:
-    """What keeps a run's adapter from being put on the base."""
-    from steps.engine.train.settings import shape_of
-
-    model = shape_of(inputs)
-    if run.adapter is not None and model is not None:
-        yield from misfits(run.adapter, model)
 
 
 def _absolute(path: str) -> str:
