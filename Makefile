@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # BRIDGE=` goes without it; the tests that need it are then skipped, and say so.
 BRIDGE ?= $(VENV)-bridge
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow test-gpu check docs bench clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -66,10 +66,14 @@ demo: $(VENV)/.base  ## Fine-tune a real small model on real conversations, merg
 test: $(VENV)/.dev $(BRIDGE:%=%/.done) $(VENV)-cluster/.done servers  ## Everything that must hold before a change lands.
 	$(MAKE) --no-print-directory check
 	STEPS_BRIDGE_PYTHON=$(BRIDGE:%=$(CURDIR)/%/bin/python) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -m "not slow" --durations=10
+		$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" --durations=10
 
 test-slow: $(VENV)/.dev servers  ## The tests that take minutes each.
 	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(VENV)/.dev  ## What the engine computes, on the GPU of this machine.
+	$(BIN)/python -m pytest -q -n 4 -m "not slow" tests/gpu tests/steps/test_every_method.py tests/steps/test_peft_resume.py \
+		tests/steps/test_sft.py tests/parity/test_full_finetuning.py
 
 check: $(VENV)/.dev  ## Format, lint, types, import rules, generated documents. Fast; run it before every commit.
 	$(BIN)/ruff format --check .

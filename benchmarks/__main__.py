@@ -2,7 +2,7 @@
 
     python -m benchmarks [SECTION …] [--rounds N] [--work DIR] [--print]
 
-Each section is a module of this folder with a function `section(options) -> str`, Markdown. Without names all of them
+Each section is a module of this folder with a function `section(options) -> str`, Markdown. Without names all but `gpu`
 run: under an hour on two quiet cores. The rest of RESULTS.md stays as it is, so that one section can be made anew.
 """
 
@@ -15,6 +15,7 @@ import platform
 import re
 from datetime import datetime, timezone
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -31,7 +32,7 @@ def machine() -> str:
     flags = names.get("flags", "").split()
     units = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name))
     processor = f"{names.get('model name', platform.processor())} ({', '.join(units)})"
     return f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB; Python {platform.python_version()}, {packages}"
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("output/bench"), help="models and data are made here, once")
     parser.add_argument("--print", action="store_true", help="only print")
     options = parser.parse_args()
-    if unknown := set(options.sections) - set(SECTIONS):
+    if unknown := set(options.sections) - {*SECTIONS, "gpu"}:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     options.work = options.work.absolute()
     options.work.mkdir(parents=True, exist_ok=True)

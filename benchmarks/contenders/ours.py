@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("packed", type=Path)
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--rows", type=int, default=1, help="in a micro-batch")
     options = parser.parse_args()
     turns = Turns()
     if not turns.asked():
@@ -48,8 +50,9 @@ def main() -> None:
             packed_dir=options.packed,
             base_dir=options.base,
             train=Train(
-                train_iters=1000, global_batch_size=1, eval_interval=0, eval_iters=0, precision=options.precision,
-                recompute_granularity="full" if options.recompute else None,
+                train_iters=1000, global_batch_size=options.rows, micro_batch_size=options.rows, eval_interval=0,
+                eval_iters=0, precision=options.precision,
+                recompute_granularity="full" if options.recompute else None, compile=options.compile,
             ),
             optimizer=Optimizer(),
             scheduler=Scheduler(lr_decay_style="constant"),

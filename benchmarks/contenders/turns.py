@@ -13,6 +13,12 @@ from steps.machine import peak_bytes
 _ANSWERS = "BENCH_ANSWERS"
 
 
+def _gpu_peak_bytes() -> int:
+    """The most that this process has reserved of its GPU; 0 without one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_reserved() if torch is not None and torch.cuda.is_available() else 0
+
+
 class Turns:
     """One contender's turns.
 
@@ -36,7 +42,7 @@ class Turns:
     def done(self, **facts: Any) -> None:
         """End of the turn. facts: numbers of the work, whatever the benchmark wants to know."""
         wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
-        self._say({"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak_bytes(), **facts})
+        self._say({"seconds": wall, "cpu_seconds": cpu, "peak_bytes": _gpu_peak_bytes() or peak_bytes(), **facts})
 
     def _say(self, answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=self._answers, flush=True)

@@ -18,12 +18,14 @@ def run_step(
     """`python -m steps.<category>.<step>.step --config FILE` in `cwd`. step: "convert/hf_to_megatron".
 
     fresh: start a new interpreter. Otherwise the step runs in a fork of this one, which has torch imported already: the
-    same code, standard streams and exit code, a second or three earlier.
+    same code, standard streams and exit code, a second or three earlier. A GPU that is in use here cannot be used in a
+    fork.
     """
     path = cwd / f"{step.rpartition('/')[2]}.yaml"
     path.write_text(yaml12.dump(config), encoding="utf-8")
     arguments = [f"steps.{step.replace('/', '.')}.step", "--config", str(path)]
-    if fresh:
+    torch = sys.modules.get("torch")
+    if fresh or (torch is not None and torch.cuda.is_initialized()):
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
     streams = [cwd / f".{path.stem}.{name}" for name in ("stdout", "stderr")]

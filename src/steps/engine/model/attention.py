@@ -1,19 +1,20 @@
 """Causal attention inside each document of a packed row. No mask over the row exists: its cost would be tokens squared.
 
-Two kernels, one meaning. `attend` picks: on CUDA the fused one of PyTorch, document by document; everywhere else, and
-for sliding windows, blocks of rows as plain batched products. On a CPU (AVX-512, one thread, 8 heads, two documents of
-1,000 tokens) these take 92 ms forward and backward in bfloat16 where the fused one takes 133, and 128 against 147 in
-float32. A faster kernel has its place here and nowhere else.
+Three kernels, one meaning. `attend` picks: on CUDA in 16 bits FlashAttention over all documents of the row at once, in
+float32 the memory-efficient one likewise; else blocks of rows as plain batched products. On a CPU (AVX-512,
+one thread, 8 heads, two documents of 1,000 tokens) these take 92 ms forward and backward in bfloat16 where PyTorch's
+fused one takes 133, and 128 against 147 in float32. A faster kernel has its place here and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 #: Rows of a block. More of them compute more scores that the mask then hides; fewer make more calls.
 BLOCK_ROWS = 64
@@ -27,22 +28,53 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], wi
     window:  how far a token sees, itself included; None: to the start of its document.
     Returns [tokens, heads * D].
     """
-    if query.is_cuda and (window is None or max(lengths) <= window):
-        return _fused(query, key, value, lengths)
+    if window is not None and window >= max(lengths):
+        window = None
+    if query.is_cuda and query.shape[-1] % 8 == 0:
+        if query.dtype in (torch.float16, torch.bfloat16):
+            return _flash(query, key, value, lengths, window)
+        # With a window its gradients are wrong (PyTorch 2.11, by an order of magnitude).
+        if query.dtype == torch.float32 and window is None:
+            return _efficient(query, key, value, lengths)
     out: Tensor = _Blocked.apply(query, key, value, tuple(lengths), window)  # type: ignore[no-untyped-call]
     return out
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-    heads = query.shape[1] * query.shape[2]
-    # One split node: slicing per document would cost a full-size gradient buffer for each of them.
-    parts = []
-    for q, k, v in zip(*(torch.split(x, list(lengths)) for x in (query, key, value)), strict=True):
-        q = q.flatten(1, 2).transpose(0, 1)[None]
-        k, v = (x.transpose(0, 1)[None].repeat_interleave(heads // key.shape[1], dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        parts.append(out[0].transpose(0, 1).flatten(1))
-    return torch.cat(parts)
+# PyTorch's kernels that take the documents' bounds, called below the public functions: scaled_dot_product_attention
+# knows no bounds, and torch.nn.attention.varlen, there since 2.10, changes from release to release.
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+    """FlashAttention (arXiv 2307.08691), for 16 bits. It knows groups: keys and values are not repeated."""
+    bounds, longest = _bounds(tuple(lengths), query.device), max(lengths)
+    left, right = (None, None) if window is None else (window - 1, 0)
+    found = torch.ops.aten._flash_attention_forward(
+        query.flatten(1, 2), key, value, bounds, bounds, longest, longest, 0.0, True, False, window_size_left=left,
+        window_size_right=right,
+    )  # fmt: skip
+    out: Tensor = found[0]
+    return out.flatten(1)
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Memory-efficient attention (arXiv 2112.05682)."""
+    bounds, longest = _bounds(tuple(lengths), query.device), max(lengths)
+    k, v = (x.repeat_interleave(query.shape[2], dim=1)[None] for x in (key, value))
+    found = torch.ops.aten._efficient_attention_forward(
+        query.flatten(1, 2)[None], k, v, None, bounds, bounds, longest, longest, 0.0, _CAUSAL, True
+    )
+    out: Tensor = found[0]
+    return out[0].flatten(1)
+
+
+#: The kernel's name for: a row sees what comes before it, counted from the start of its document.
+_CAUSAL = 1
+
+
+@lru_cache(maxsize=2)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where documents begin and the last ends, [documents + 1] int32; made once for all layers of a row."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).pin_memory().to(device, non_blocking=True)
 
 
 def _blocks(lengths: Sequence[int], window: int | None) -> Iterator[tuple[int, int, int]]:

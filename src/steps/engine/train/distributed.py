@@ -80,7 +80,10 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _same_bits() -> None:
-    """Make CUDA kernels deterministic: a resumed run must come to the same adapter. CPU kernels are so already."""
+    """Make CUDA kernels deterministic: a resumed run must come to the same adapter. CPU kernels are so already.
+
+    Not `warn_only`: with it the backward passes of attention stay as they are and only warn.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -94,7 +94,8 @@ class Trainer:
         lr = learning_rate(iteration, plan.optimizer, plan.scheduler, plan.train.train_iters)
         self.trained.decoder.train()
         self._gradients.zero()
-        sums = torch.zeros(3, dtype=torch.float64)
+        # Losses stay where they are until the last is asked for: a GPU is given the next batch before this one is done.
+        sums, counts = self._zeros(3), torch.zeros(2, dtype=torch.float64)
         for share in shares(samples, plan.train.micro_batch_size, self.world.rank, self.world.size):
             # Dropout is a function of the data position, so that neither resuming nor more processes change it.
             torch.manual_seed(_seed(plan.rng.seed, share.start))
@@ -102,8 +103,10 @@ class Trainer:
             loss = batch_loss(self.trained.decoder, batch)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-            sums += torch.tensor([loss.item(), len(batch.targets), len(batch.input_ids)], dtype=torch.float64)
-        loss_sum, trained, tokens = self._total(sums)
+            sums[0] += loss.detach()
+            counts += torch.tensor([len(batch.targets), len(batch.input_ids)])
+        sums[1:] = counts
+        loss_sum, trained, tokens = self.world.sum(sums).tolist()
         if not trained:
             raise _no_trained_tokens(iteration, len(samples))
         for buffer in self._gradients.buffers:
@@ -142,15 +145,14 @@ class Trainer:
         """
         train = self.plan.train
         rows = min(len(self.valid_split), train.eval_iters * train.global_batch_size)
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = self._zeros(2)
         self.trained.decoder.eval()
         with torch.no_grad():
             for share in shares(range(rows), train.micro_batch_size, self.world.rank, self.world.size):
                 batch = self._read(self.valid_split, share)
-                sums += torch.tensor(
-                    [batch_loss(self.trained.decoder, batch).item(), len(batch.targets)], dtype=torch.float64
-                )
-        loss_sum, trained = self._total(sums)
+                sums[0] += batch_loss(self.trained.decoder, batch)
+                sums[1] += len(batch.targets)
+        loss_sum, trained = self.world.sum(sums).tolist()
         return loss_sum / trained if trained else None
 
     def _report_evaluation(self, position: Position) -> None:
@@ -164,9 +166,8 @@ class Trainer:
     def _read(self, split: PackedSplit, rows: Iterable[int]) -> MicroBatch:
         return read_known(split, list(rows), self.trained.decoder.config.vocab_size).to(self.world.device)
 
-    def _total(self, sums: Tensor) -> list[float]:
-        total: list[float] = self.world.sum(sums.to(self.world.device)).tolist()
-        return total
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=self.world.device)
 
 
 def read_known(split: PackedSplit, rows: Sequence[int], vocab_size: int) -> MicroBatch:
