@@ -102,3 +102,17 @@ def test_a_run_repeats_to_the_bit_also_when_resumed_and_is_that_of_the_cpu(case,
         on_cpu["valid_loss_last"], rel=0.05 if case.get("dropout") else 1e-3
     )
     assert facts["valid_loss_last"] < facts["valid_loss_first"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=told)
+def test_a_run_in_bfloat16_is_near_that_of_the_cpu(case, root, tmp_path, monkeypatch):
+    """Kernels exist by dtype: what float32 can, bfloat16 may lack."""
+
+    def run(name):
+        train(root, peft=case, train={"precision": "bfloat16"}, checkpoint={"save": str(tmp_path / name)})
+        return json.loads((tmp_path / name / "artifact.json").read_text())["facts"]
+
+    here = run("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert here["valid_loss_last"] == pytest.approx(run("cpu")["valid_loss_last"], rel=0.05)
+    assert here["valid_loss_last"] < here["valid_loss_first"]

@@ -261,3 +261,21 @@ def test_what_the_base_cannot_take_is_told_before_anything_trains(inputs, monkey
     (problem,) = check_inputs(inputs, config(inputs, [LORA, FULL], parallel=2))
     assert problem.where == "parallel"
     assert not check_inputs(inputs, config(inputs, [LORA, FULL], parallel=1))
+
+
+def test_a_dry_run_shows_what_each_variant_comes_to(inputs, tmp_path):
+    variants = [{"name": "lora", "set": []}, {"name": "full", "set": ["peft=null"]}]
+    data = config(inputs, variants)
+    shown = subprocess.run([*command(tmp_path, data), "-d"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout[shown.stdout.index("NAME ") :].splitlines()
+    assert [line.split()[:3] for line in lines[:3]] == [
+        ["NAME", "TRAINED", "SHARE"], ["lora", "3,072", "16.8719"], ["full", "18,208", "100.0000"],
+    ]  # fmt: skip
+    told = subprocess.run(
+        [*command(tmp_path, data), "-d", "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    step = json.loads(told.stdout)["steps"][0]
+    assert step["account"] is None
+    peaks = {name: account["memory_bytes"] for name, account in step["accounts"].items()}
+    assert peaks["full"] > peaks["lora"] > 0

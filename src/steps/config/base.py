@@ -177,9 +177,12 @@ class StepConfig(Section):
         """
         return ()
 
-    def account(self, inputs: "Mapping[str, Artifact]") -> "Account | None":
-        """What the step's model comes to, for the sheet of a dry run; None where that is not known. Torch-free."""
-        return None
+    def accounts(self, inputs: "Mapping[str, Artifact]") -> "Mapping[str, Account]":
+        """What the step's models come to, each by its name, for the sheet of a dry run; "" names an only one.
+
+        Empty where nothing is known. Torch-free.
+        """
+        return {}
 
     def unprobed(self) -> str:
         """Why `steps run --probe` has nothing to try in this step, for a message; '' where it has.

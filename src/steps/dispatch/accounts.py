@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from steps.dispatch.render import figures, section
 from steps.shapes.account import Account, Kind
 from steps.shapes.estimate import size
+
+
+def texts(accounts: Mapping[str, Account]) -> Iterator[str]:
+    """Of one model everything, of several a line each."""
+    if set(accounts) == {""}:
+        yield from text(accounts[""])
+    elif accounts:
+        yield from section("Models")
+        yield from figures(_LINE, [_line(*item) for item in accounts.items()], summed=False)
+
+
+_LINE = ("NAME", "TRAINED", "SHARE %", "EXPECTED PEAK", "")
+
+
+def _line(name: str, account: Account) -> tuple[str, ...]:
+    total, peak = account.total, account.memory
+    recomputed = "recomputes activations" if account.recompute else ""
+    share = f"{100 * total.share:.4f}"
+    return name, f"{total.trainable:,}", share, size(account.nbytes) if peak else "", recomputed
 
 
 def text(account: Account) -> Iterator[str]:

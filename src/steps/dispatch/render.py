@@ -47,13 +47,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
             yield bold(text.rstrip()) if number == 0 else text.rstrip()
 
 
-def figures(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligned columns of numbers behind a first one of names. The last row is the sum of the others."""
+def figures(header: Sequence[str], rows: Sequence[Sequence[str]], *, summed: bool = True) -> Iterator[str]:
+    """Aligned columns of numbers behind a first one of names. summed: the last row is the sum of the others."""
     sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for number, (name, *cells) in enumerate([header, *rows]):
         right = [cell.rjust(size) for cell, size in zip(cells, sizes[1:], strict=True)]
         text = "  ".join([name.ljust(sizes[0]), *right]).rstrip()
-        yield bold(text) if number in (0, len(rows)) else text
+        yield bold(text) if number == 0 or (summed and number == len(rows)) else text
 
 
 def _paragraphs(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -27,11 +27,11 @@ def text(planned: Sequence[Planned]) -> Iterator[str]:
         for port in entry.step.produces:
             yield f"{port.key}: {_value(entry, port.key)} ({port.type})"
         warnings = [*entry.findings.warnings]
-        if (account := entry.config.account(entry.findings.inputs)) is not None:
+        if found := entry.config.accounts(entry.findings.inputs):
             from steps.dispatch import accounts
 
-            yield from accounts.text(account)
-            warnings += account.warnings
+            yield from accounts.texts(found)
+            warnings += dict.fromkeys(warning for account in found.values() for warning in account.warnings)
         notes = [*_notes(entry), *(f"warning: {warning}" for warning in warnings)]
         yield from ["", *notes] if notes else []
         for name, body in executors.get(entry.spec.executor).render(entry.spec).items():
@@ -62,7 +62,7 @@ def data(planned: Sequence[Planned], problems: Sequence[Any] = ()) -> dict[str, 
                 "outputs": {
                     port.key: {"type": port.type, "value": _value(entry, port.key)} for port in entry.step.produces
                 },
-                "account": account.to_dict() if (account := entry.config.account(entry.findings.inputs)) else None,
+                **_accounts(entry),
                 "notes": _notes(entry),
                 "warnings": list(entry.findings.warnings),
                 "files": dict(executors.get(entry.spec.executor).render(entry.spec)),
@@ -71,6 +71,12 @@ def data(planned: Sequence[Planned], problems: Sequence[Any] = ()) -> dict[str, 
             for entry in planned
         ],
     }
+
+
+def _accounts(entry: Planned) -> dict[str, Any]:
+    """account: of a step with one model, or None; accounts: by name, of a step with several."""
+    found = {name: account.to_dict() for name, account in entry.config.accounts(entry.findings.inputs).items()}
+    return {"account": found.pop("", None), **({"accounts": found} if found else {})}
 
 
 def _notes(entry: Planned) -> list[str]:

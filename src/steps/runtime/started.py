@@ -34,10 +34,19 @@ class Starter:
         self._lock = threading.Lock()
         self._stopped = False
 
+    def refused(self, step: str, config: Path) -> str:
+        """What a dry run of it says is wrong; '' for nothing. So a profile is looked at before any run."""
+        command = [*self._command(step, config), "-d"]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
+        return done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
+
+    def _command(self, step: str, config: Path) -> list[str]:
+        return [sys.executable, "-m", "steps", "run", step, "-c", str(config), *self._options]
+
     def start(self, step: str, config: Path, directory: Path) -> Ended:
         """`steps run STEP -c CONFIG` in `directory`; its output goes to STEP.log there."""
         log = directory / f"{step.replace('/', '-')}.log"
-        command = [sys.executable, "-m", "steps", "run", step, "-c", str(config), *self._options]
+        command = self._command(step, config)
         with log.open("wb") as output:
             with self._lock:
                 if self._stopped:

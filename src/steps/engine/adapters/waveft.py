@@ -122,10 +122,12 @@ class _Wavelet(torch.autograd.Function):
         matrix, transposed = ctx.positions.on(grad.device)
         d_out = analysis(grad)
         # Of each coefficient: its row of d_out times its row of moved, which the bags' own gradient takes in one pass.
+        # On CUDA there is none for bfloat16.
+        wide = torch.float32 if grad.is_cuda and grad.dtype == torch.bfloat16 else grad.dtype
         with torch.enable_grad():
-            leaf = values.detach().requires_grad_()
-            product = matrix.product(leaf, moved)
-        (d_values,) = torch.autograd.grad(product, leaf, d_out)
+            leaf = values.detach().to(wide).requires_grad_()
+            product = matrix.product(leaf, moved.to(wide))
+        (d_values,) = torch.autograd.grad(product, leaf, d_out.to(wide))
         d_x = None
         if ctx.needs_input_grad[1]:
             d_x = synthesis(transposed.product(values, d_out), ctx.shape[1])

@@ -133,7 +133,12 @@ class TrainingConfig(StepConfig):
         """The type of checkpoint that the run writes."""
         return "checkpoint_megatron" if self.adapter is None else "checkpoint_lora"
 
+    def accounts(self, inputs: Mapping[str, Artifact]) -> Mapping[str, Account]:
+        account = self.account(inputs)
+        return {} if account is None else {"": account}
+
     def account(self, inputs: Mapping[str, Artifact]) -> Account | None:
+        """What the run comes to, or None."""
         model, adapter = shape_of(inputs), self.adapter
         if model is None or (adapter is not None and any(misfits(adapter, model))):
             return None

@@ -17,7 +17,7 @@ from steps.engine.comparison.variants import Variant as Compared
 from steps.engine.comparison.variants import check, typed
 from steps.engine.train.settings import BASE, DATA, TrainingConfig, installed, shape_of
 from steps.errors import ArtifactError, ConfigError, Problem
-from steps.shapes.account import misfits
+from steps.shapes.account import Account, misfits
 
 __all__ = ["BASE", "DATA", "Config"]
 
@@ -111,12 +111,7 @@ class Config(TrainingConfig):
         yield from super().check_inputs(inputs)
         available = None if self.profile or machine.has_gpu() else machine.available_bytes()
         peaks = []
-        for number, variant in enumerate(self.compared):
-            where = f"variants.{number} ({variant.name})"
-            try:
-                run = typed(variant.trial(self.common(), None, self.used_seeds[0], self.runs))
-            except ConfigError:
-                continue  # told by check_values
+        for where, _, run in self._runs():
             if run.adapter is not None and (model := shape_of(inputs)) is not None:
                 told = misfits(run.adapter, model)
                 yield from (Problem(f"{where}: {p.where}", p.what, allowed=p.allowed) for p in told)
@@ -132,6 +127,15 @@ class Config(TrainingConfig):
             )
             yield Problem("parallel", what, hint="Lower parallel.", name="not_enough_memory")
 
+    def _runs(self) -> Iterator[tuple[str, str, TrainingConfig]]:
+        """Of each variant where it stands, its name and a run; those with faults, told elsewhere, left out."""
+        for number, variant in enumerate(self.compared):
+            try:
+                run = typed(variant.trial(self.common(), None, self.used_seeds[0], self.runs))
+            except ConfigError:
+                continue
+            yield f"variants.{number} ({variant.name})", variant.name, run
+
     def _check_destination(self, inputs: Mapping[str, Artifact]) -> Iterable[Problem]:
         """Runs have directories of their own below checkpoint.save, which may be no artifact itself."""
         try:
@@ -143,9 +147,9 @@ class Config(TrainingConfig):
         what = f"{self.checkpoint.save} is a {known.type}; the runs need a directory of their own"
         return [Problem("checkpoint.save", what)]
 
-    def account(self, inputs: Mapping[str, Artifact]) -> None:
-        """Each variant has an account of its own."""
-        return
+    def accounts(self, inputs: Mapping[str, Artifact]) -> Mapping[str, Account]:
+        found = {name: run.account(inputs) for _, name, run in self._runs()}
+        return {name: account for name, account in found.items() if account is not None}
 
     def unprobed(self) -> str:
         return "it only starts other steps (probe one of its variants with peft/megatron_bridge)"

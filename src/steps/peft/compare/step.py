@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from steps import runtime
+from steps.artifacts import record
+from steps.config import yaml12
 from steps.engine.comparison import plots
 from steps.engine.comparison.report import told, write
 from steps.engine.comparison.results import summarized
@@ -20,6 +23,8 @@ def run(job: Job[Config]) -> None:
     """Train what is missing, then tell everything."""
     config = job.config
     starter = Starter(config.profile, config.env_file and str(Path(config.env_file).absolute()), config.parallel)
+    if config.profile is not None:
+        _rehearse(job, starter)
     runner = Runner(starter.start, config.parallel, job.progress, _classification(config))
     made_of = [item.record.digest if item.record else item.value for item in job.inputs.values()]
     with starter.stopping():
@@ -34,6 +39,18 @@ def run(job: Job[Config]) -> None:
         out.facts.update(variants={row.name: row.facts() for row in rows}, seeds=config.used_seeds)
     failed = [row.name for row in rows if row.error]
     job.summary(best=best, variants=len(rows), failed=", ".join(failed) or "none", output_dir=config.output_dir)
+
+
+def _rehearse(job: Job[Config], starter: Starter) -> None:
+    """Refuse a profile that the first run could not be submitted with. Raises StepFailed."""
+    config = job.config
+    first = config.compared[0].trial(config.common(), None, config.used_seeds[0], config.runs)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "first.yaml"
+        record.write_text(path, yaml12.dump(dict(first.config)))
+        if told := starter.refused(first.step, path):
+            what = f"profile {config.profile!r} cannot run them. A dry run of the first says:\n{told}"
+            raise StepFailed(what, name="profile_refused")
 
 
 def _classification(config: Config) -> dict[str, Any] | None:
