@@ -189,6 +189,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "resolved": RESOLVED,
         "packed_dir": str(root / "packed"),
         "base": str(root / "base"),
+        "whole": {**{name: values for name, values in RESOLVED.items() if name != "peft"}, "optimizer": {"lr": 2e-6}},
         "broken": list(BROKEN.values()),
         "adapters": [
             {
@@ -374,6 +375,11 @@ def test_megatron_bridge_reads_and_collates_our_rows(probe: dict[str, Any], spli
 
 def test_megatron_bridge_validates_the_container(probe: dict[str, Any]) -> None:
     assert probe["validated"] == ""
+
+
+def test_all_weights_are_trained_where_there_is_no_adapter(probe: dict[str, Any]) -> None:
+    """The recipe is one for both, and trains LoRA unless it is told so."""
+    assert probe["whole"] == {"peft": None, "lr": 2e-6, "validated": ""}
 
 
 def test_facts_are_read_from_its_run_config(probe: dict[str, Any]) -> None:

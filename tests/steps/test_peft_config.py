@@ -16,6 +16,7 @@ from steps.artifacts.record import Record
 from steps.config import yaml12
 from steps.config.peft import names, section_class
 from steps.config.validate import validate
+from steps.engine.train import engines
 from steps.errors import ArtifactError, ConfigError, Problem, refusal
 from steps.peft.megatron_bridge import schema
 from steps.peft.megatron_bridge.schema import BASE, DATA, Config
@@ -63,12 +64,12 @@ def test_shipped_configs_are_valid(name):
 
 
 def test_auto_takes_megatron_bridge_where_it_is_installed_or_only_it_can_do_it(monkeypatch):
-    monkeypatch.setattr(schema, "bridge_installed", lambda: False)
+    monkeypatch.setattr(engines, "bridge_installed", lambda: False)
     assert validate(Config, shipped("default"))[0].chosen_engine == "torch"
     parallel = shipped("default", recipe={"tensor_model_parallel_size": 8})
     assert validate(Config, parallel)[0].chosen_engine == "megatron_bridge"
     assert validate(Config, {**parallel, "engine": "torch", "recipe": {"seq_length": 8}})[0].chosen_engine == "torch"
-    monkeypatch.setattr(schema, "bridge_installed", lambda: True)
+    monkeypatch.setattr(engines, "bridge_installed", lambda: True)
     assert validate(Config, shipped("default"))[0].chosen_engine == "megatron_bridge"
 
 
@@ -81,7 +82,7 @@ def test_every_problem_is_told_also_where_the_engine_is_auto(recipe):
         validate(Config, data)
     wrong = {problem.where for problem in caught.value.problems}
     assert "train.train_iters" in wrong
-    assert "peft.dmi" in wrong or schema.bridge_installed() or recipe == {"tensor_model_parallel_size": 8}
+    assert "peft.dmi" in wrong or engines.bridge_installed() or recipe == {"tensor_model_parallel_size": 8}
 
 
 def test_default_is_the_documented_run():
@@ -324,7 +325,7 @@ def test_a_logger_needs_its_package(key, package, tmp_path, monkeypatch):
 def test_the_missing_package_is_named_only_where_it_is_needed():
     pytest.importorskip("megatron.core")
     default, _ = validate(Config, shipped("default", engine="megatron_bridge"))
-    if schema.bridge_installed():
+    if engines.bridge_installed():
         assert not list(default.launch_here())
     else:
         (problem,) = default.launch_here()

@@ -2,8 +2,9 @@
 
     PYTHONPATH=tests:src python -m support.bridge_probe JOB.json RESULT.json
 
-JOB.json: {"resolved", "packed_dir", "base", "broken" (configurations that must be refused), "adapters": each with a
-peft section and the folder of a checkpoint of ours; genuine tensors and checkpoints are left beside that folder}.
+JOB.json: {"resolved", "packed_dir", "base", "whole" (one of all weights), "broken" (configurations that must be
+refused), "adapters": each with a peft section and the folder of a checkpoint of ours; genuine tensors and checkpoints
+are left beside that folder}.
 RESULT.json: what genuine code made of it, as plain data; the test judges. Nothing here is asserted.
 """
 
@@ -50,6 +51,8 @@ def main(job_file: str, result_file: str) -> None:
     result["forward_step"] = result["called_with"].pop("forward_step_func")
     result["run_config_facts"] = facts_of(container, Path(result_file).parent / "saved")
     result["splits"] = read_rows(container)
+    whole = megatron_bridge.build(job["whole"], Path(job["packed_dir"]), Path(job["base"]), adapts=False)
+    result["whole"] = {"peft": plain(whole.peft), "lr": whole.optimizer.lr, "validated": validate(whole)}
     result["refused"] = [refusal(job, resolved) for resolved in job["broken"]]
     result["validated"] = validate(container)
     result["adapters"] = [exchange(entry["peft"], Path(entry["checkpoint"]), installed) for entry in job["adapters"]]

@@ -21,7 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from support import packed
 
+from steps.engine.checkpoint.convert import megatron_source
+from steps.engine.checkpoint.fingerprint import fingerprint
 from steps.engine.megatron_bridge import data, facts, missing_packages
 from steps.engine.megatron_bridge.compose import compose
 from steps.engine.megatron_bridge.findings import Findings
@@ -194,8 +197,12 @@ def small_peft_config(peft_scheme: str = "lora") -> Container:
     return Container(asked={"peft_scheme": peft_scheme})
 
 
-def old_finetune_config(seq_length: int, peft: str | None = None, packed_sequence: bool = False) -> Container:
+def old_finetune_config(seq_length: int, peft: str | None = "lora", packed_sequence: bool = False) -> Container:
     return Container(asked={"seq_length": seq_length, "peft": peft, "packed_sequence": packed_sequence})
+
+
+def whole_sft_config() -> Container:
+    return Container(asked={"all": "weights"})
 
 
 def new_config() -> Container:
@@ -212,14 +219,19 @@ def refusing_config(seq_length: int) -> Container:
 def bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`compose` on the stand-ins, with packed data and a base; keyword arguments are sections of the configuration."""
     module = types.ModuleType(RECIPES)
-    for function in (small_peft_config, old_finetune_config, new_config, refusing_config):
+    for function in (small_peft_config, old_finetune_config, whole_sft_config, new_config, refusing_config):
         setattr(module, function.__name__, function)
     monkeypatch.setitem(sys.modules, RECIPES, module)
     write_split(tmp_path / "packed", "train", [([1, 2, 3, 4, 5], [1, 1, 0, 1, 0], [0, 3])])
     write_split(tmp_path / "packed", "valid", [([1, 2, 3], [1, 1, 0], [0])])
 
     def run(
-        *, reads_parquet: bool = True, dataset_class: type = LocalData, log: list[str] | None = None, **given: Any
+        *,
+        reads_parquet: bool = True,
+        dataset_class: type = LocalData,
+        log: list[str] | None = None,
+        adapts: bool = True,
+        **given: Any,
     ) -> Container:
         sections = {
             "engine": "megatron_bridge",
@@ -232,7 +244,9 @@ def bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any
         release = Release("0", {"lora": LoRA}, dataset_class, Specs, reads_parquet)
         where = data.plan(tmp_path / "packed", tmp_path / "scratch", reads_parquet=reads_parquet)
         lines = [] if log is None else log
-        return compose(sections, tmp_path / "packed", tmp_path / "base", release, where, lines.append)  # type: ignore[no-any-return]
+        return compose(  # type: ignore[no-any-return]
+            sections, tmp_path / "packed", tmp_path / "base", release, where, lines.append, adapts=adapts
+        )
 
     return run
 
@@ -276,6 +290,27 @@ def test_either_spelling_finds_the_other_and_says_so(bridge: Callable[..., Any],
     log: list[str] = []
     bridge(recipe={"_target_": f"{RECIPES}.{asked}"}, log=log)
     assert log[0].startswith(f"recipe._target_: this release has no {asked}; its ")
+
+
+@pytest.mark.parametrize("name", ["old_finetune_config", "old_sft_config"])
+def test_a_recipe_for_both_is_told_to_train_all_weights(bridge: Callable[..., Any], name: str) -> None:
+    made = bridge(adapts=False, recipe={"_target_": f"{RECIPES}.{name}"})
+    assert made.asked == {"seq_length": 16, "peft": None, "packed_sequence": True}
+    assert made.peft is None
+
+
+def test_a_recipe_for_all_weights_is_found_by_its_older_name(bridge: Callable[..., Any]) -> None:
+    log: list[str] = []
+    made = bridge(adapts=False, recipe={"_target_": f"{RECIPES}.whole_finetune_config"}, log=log)
+    assert made.asked == {"all": "weights"}
+    assert made.peft is None
+    assert "its whole_sft_config is used" in log[0]
+
+
+def test_an_adapter_in_the_recipe_of_all_weights_is_refused(bridge: Callable[..., Any]) -> None:
+    target = f"{RECIPES}.old_finetune_config"
+    found = problems(lambda: bridge(adapts=False, recipe={"_target_": target, "peft": "lora"}))
+    assert found["recipe.peft"].what == "is 'lora', but all weights are trained"
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are(bridge: Callable[..., Any]) -> None:
@@ -635,6 +670,20 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
         facts(tmp_path / "lora")
     with pytest.raises(StepFailed, match="left no checkpoint"):
         facts(tmp_path / "nothing")
+
+
+def test_facts_of_a_run_of_all_weights(tmp_path: Path) -> None:
+    packed.write_base(tmp_path / "sft")
+    path = tmp_path / "sft/iter_0000000/run_config.yaml"
+    written = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**written, "peft": None, "train": {"train_iters": 5}}))
+    found = facts(tmp_path / "sft", adapts=False)
+    assert (found["iteration"], found["finished"]) == (0, False)
+    assert found["model"] == packed.SHAPE.to_dict()
+    assert found["base_fingerprint"] == fingerprint(megatron_source(tmp_path / "sft").tensors)
+    path.write_text(yaml.safe_dump({**written, "peft": {"_target_": "x.LoRA"}, "train": {"train_iters": 5}}))
+    with pytest.raises(StepFailed, match="holds an adapter, not a model"):
+        facts(tmp_path / "sft", adapts=False)
 
 
 def test_without_megatron_bridge_the_package_is_named_and_nothing_imported() -> None:

@@ -5,6 +5,8 @@
     finetune(…)                 build, write the data it needs, train
     facts(save)                 what was trained, for the checkpoint's record
 
+Adapters are trained, or with `adapts=False` the model itself.
+
 Nothing of Megatron is imported before `build` or `finetune` is called.
 
 `release` knows the installed Megatron-Bridge, `recipe` calls the recipe function, `values` sets plain values on its
@@ -35,13 +37,14 @@ def build(
     packed_dir: Path,
     base: Path,
     *,
+    adapts: bool = True,
     scratch: Path | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> Any:
     """The ConfigContainer that `finetune` would hand over. Writes nothing; see `compose` for the errors."""
     installed = _release.load()
     where = data.plan(packed_dir, scratch or _scratch(resolved), reads_parquet=installed.reads_parquet)
-    return compose(resolved, packed_dir, base, installed, where, log)
+    return compose(resolved, packed_dir, base, installed, where, log, adapts=adapts)
 
 
 def finetune(
@@ -50,6 +53,7 @@ def finetune(
     packed_dir: Path,
     base: Path,
     progress: Progress,
+    adapts: bool = True,
     scratch: Path | None = None,
 ) -> None:
     """Train with Megatron-Bridge; it saves to `checkpoint.save`, and resumes from there or from `checkpoint.load`.
@@ -60,6 +64,7 @@ def finetune(
     resolved:   the step's resolved configuration; DESIGN's sections, and any other section of the container.
     packed_dir: a packed_parquet directory.
     base:       a checkpoint_megatron directory.
+    adapts:     whether adapters are trained; False: all weights of the base.
     scratch:    where the metadata and, for releases that read no Parquet, a copy of the rows go; a directory that all
                 processes see. Beside checkpoint.save by default.
 
@@ -67,7 +72,7 @@ def finetune(
     """
     installed = _release.load()
     where = data.plan(packed_dir, scratch or _scratch(resolved), reads_parquet=installed.reads_parquet)
-    container = compose(resolved, packed_dir, base, installed, where, progress.log)
+    container = compose(resolved, packed_dir, base, installed, where, progress.log, adapts=adapts)
     train, forward_step = _release.entry_points()
     if os.environ.get("RANK", "0") == "0":
         data.write(where, progress)
@@ -78,6 +83,6 @@ def finetune(
 def _scratch(resolved: Mapping[str, Any]) -> Path:
     save = (resolved.get("checkpoint") or {}).get("save")
     if not save:
-        raise ConfigError("checkpoint.save: missing", hint="Set where the adapter goes.")
+        raise ConfigError("checkpoint.save: missing", hint="Set where the checkpoint goes.")
     place = Path(save).expanduser()
     return place.parent / f"{place.name}.bridge_data"

@@ -33,6 +33,8 @@ def compose(
     release: Release,
     where: data.HandOver,
     log: Callable[[str], None] = lambda message: None,
+    *,
+    adapts: bool = True,
 ) -> Any:
     """The ConfigContainer of a run.
 
@@ -40,26 +42,28 @@ def compose(
     release:  release.load(), or anything with its fields.
     where:    data.plan(packed_dir, …): where the rows will be when training starts.
     log:      gets a line for every setting that takes effect elsewhere than its name says, or not at all.
+    adapts:   whether adapters are trained, as the section `peft` says; False: all weights.
 
     Raises ConfigError with every setting that does not fit, StepFailed for a missing package.
     """
     findings = Findings()
     sections = {key: value for key, value in resolved.items() if key not in _OURS}
     section = dict(resolved.get("recipe") or {})
-    peft = dict(resolved.get("peft") or {})
+    peft = dict(resolved.get("peft") or {}) if adapts else None
     seq_length = data.sequence_length(resolved, packed_dir, findings)
     _check_recipe(section, peft, findings)
 
-    function = recipe.find(str(section.get("_target_") or recipe.DEFAULT), findings)
-    asked = {**section, "seq_length": seq_length, "peft": "dora" if adapter.scheme(peft) == "dora" else "lora"}
-    container = recipe.call(function, asked, str(base), findings)
+    function = recipe.find(str(section.get("_target_") or recipe.default(adapts=adapts)), findings, adapts=adapts)
+    scheme = None if peft is None else "dora" if adapter.scheme(peft) == "dora" else "lora"
+    container = recipe.call(function, {**section, "seq_length": seq_length}, scheme, str(base), findings)
 
     _apply_recipe(container, {**section, "seq_length": seq_length}, recipe.accepts(function), findings)
     for name, values in relocate(derive(sections, base, findings), container, findings).items():
         _apply_section(container, name, values, findings)
     _adopt_base(container, base, sections, findings)
-    made = adapter.build(peft, release.adapters, getattr(container, "peft", None), findings)
-    if made is not None:
+    if peft is None:
+        container.peft = None
+    elif (made := adapter.build(peft, release.adapters, getattr(container, "peft", None), findings)) is not None:
         container.peft = made
         adapter.check_layers(made, container.model, findings)
     if seq_length is not None:
@@ -80,13 +84,17 @@ def compose(
     return container
 
 
-def _check_recipe(section: Mapping[str, Any], peft: Mapping[str, Any], findings: Findings) -> None:
+def _check_recipe(section: Mapping[str, Any], peft: Mapping[str, Any] | None, findings: Findings) -> None:
     """Keys that documents of older releases put into `recipe`, against what this step always does."""
     if section.get("packed_sequence") is False:
         findings.problem("recipe.packed_sequence", "this step trains packed rows", hint="Remove it, or set it to true.")
     for key in ("peft", "peft_scheme"):
         said = section.get(key)
-        if said is not None and said != adapter.scheme(peft):
+        if said is None:
+            continue
+        if peft is None:
+            findings.problem(f"recipe.{key}", f"is {said!r}, but all weights are trained", hint="Remove it.")
+        elif said != adapter.scheme(peft):
             findings.problem(f"recipe.{key}", f"is {said!r}, but peft.type is {adapter.scheme(peft)!r}")
 
 
@@ -193,4 +201,4 @@ def _check_container(container: Any, sections: Mapping[str, Any], findings: Find
             hint="Pack into longer rows (pack_size) to fill the GPU.",
         )
     if not (sections.get("checkpoint") or {}).get("save"):
-        findings.problem("checkpoint.save", "missing", hint="Set where the adapter goes.")
+        findings.problem("checkpoint.save", "missing", hint="Set where the checkpoint goes.")

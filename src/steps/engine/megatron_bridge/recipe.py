@@ -11,28 +11,34 @@ from steps.engine.megatron_bridge.findings import Findings
 from steps.engine.megatron_bridge.release import import_module
 from steps.errors import ConfigError, Problem, suggest
 
-DEFAULT = "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_peft_config"
+_DEFAULT = "megatron.bridge.recipes.nemotronh.nemotron_3_nano.nemotron_3_nano_{}_config"
 
 #: Older releases have one recipe for full and adapter fine-tuning where newer ones have two.
-_SPELLINGS = ("_peft_config", "_finetune_config")
+_BOTH, _ADAPTERS, _ALL_WEIGHTS = "_finetune_config", "_peft_config", "_sft_config"
 #: What the recipes of different releases call the adapter scheme.
 _SCHEME = ("peft_scheme", "peft")
 
 
-def find(target: str, findings: Findings) -> Callable[..., Any]:
+def default(*, adapts: bool) -> str:
+    """The recipe of a configuration that names none."""
+    return _DEFAULT.format("peft" if adapts else "sft")
+
+
+def find(target: str, findings: Findings, *, adapts: bool = True) -> Callable[..., Any]:
     """The function that the dotted path `target` names, or its other spelling, which is then noted.
 
+    adapts: whether adapters are trained, or all weights.
     Raises ConfigError when there is none, StepFailed when its module needs a package that is not installed.
     """
     module_name, _, name = target.rpartition(".")
     if not module_name:
-        raise ConfigError(_wrong(target, "is no dotted path to a function", f"For example {DEFAULT}."))
+        raise ConfigError(_wrong(target, "is no dotted path to a function", f"For example {default(adapts=True)}."))
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         hint = "Look for its place in megatron.bridge.recipes of the release that is installed."
         raise ConfigError(_wrong(target, f"there is no module {error.name}", hint)) from error
-    for spelling in (name, *_other_spellings(name)):
+    for spelling in (name, *_other_spellings(name, adapts)):
         function = getattr(module, spelling, None)
         if callable(function):
             if spelling != name:
@@ -43,23 +49,25 @@ def find(target: str, findings: Findings) -> Callable[..., Any]:
     raise ConfigError(_wrong(target, f"{module_name} has no {name}", hint))
 
 
-def call(function: Callable[..., Any], section: Mapping[str, Any], base: str, findings: Findings) -> Any:
+def call(
+    function: Callable[..., Any], section: Mapping[str, Any], scheme: str | None, base: str, findings: Findings
+) -> Any:
     """The container that a recipe returns, called with what it takes of the recipe section.
 
-    section: the `recipe` mapping, `peft` being the adapter scheme to ask for. What the function does not take is left
-             to the caller, which sets it on the container.
+    section: the `recipe` mapping. What the function does not take is left to the caller, to set on the container.
+    scheme:  of adapters to ask for; None: none. A recipe for both trains adapters unless it is told so.
     Raises ConfigError when the recipe refuses.
     """
-    wanted = {key: value for key, value in section.items() if key != "_target_" and value is not None}
+    skip = {"_target_", *_SCHEME}
+    wanted = {key: value for key, value in section.items() if key not in skip and value is not None}
     offered = {"packed_sequence": True, "pretrained_checkpoint": base, **wanted}
-    scheme = offered.pop("peft", None)
     taken = accepts(function)
     arguments = {key: value for key, value in offered.items() if taken is None or key in taken}
     for key in _SCHEME:
-        if scheme is not None and key not in arguments and taken is not None and key in taken:
+        if taken is not None and key in taken:
             arguments[key] = scheme
             break
-    left = sorted(set(wanted) - set(arguments) - {*_SCHEME})
+    left = sorted(set(wanted) - set(arguments))
     name = getattr(function, "__name__", str(function))
     if left:
         findings.note(f"{name} takes no argument {', '.join(left)}: set on what it returns instead")
@@ -89,14 +97,10 @@ def accepts(function: Callable[..., Any]) -> set[str] | None:
     return found
 
 
-def _other_spellings(name: str) -> list[str]:
-    return [
-        name.removesuffix(ours) + theirs
-        for ours in _SPELLINGS
-        if name.endswith(ours)
-        for theirs in _SPELLINGS
-        if theirs != ours
-    ]
+def _other_spellings(name: str, adapts: bool) -> list[str]:
+    own = _ADAPTERS if adapts else _ALL_WEIGHTS
+    pairs = ((own, _BOTH), (_BOTH, own))
+    return [name.removesuffix(ours) + theirs for ours, theirs in pairs if name.endswith(ours)]
 
 
 def _wrong(target: str, what: str, hint: str = "") -> Problem:

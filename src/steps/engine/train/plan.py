@@ -42,6 +42,14 @@ class Plan:
         """The type of that checkpoint."""
         return "checkpoint_megatron" if self.peft is None else "checkpoint_lora"
 
+    def record_facts(self) -> dict[str, Any]:
+        """Of `facts`, what the record of the trained checkpoint holds."""
+        kept = {name: value for name, value in self.facts.items() if name != "data_digest"}
+        if self.peft is None:
+            # base_fingerprint names a model's own weights, which change from save to save.
+            kept["trained_from"] = kept.pop("base_fingerprint", None)
+        return kept
+
     def identity(self) -> dict[str, Any]:
         """By dotted key, everything that a run may not change when it goes on from a checkpoint.
 

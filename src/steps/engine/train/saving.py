@@ -200,12 +200,8 @@ class Saver:
         self.record.write(home)
 
     def _facts(self, position: Position, trained: Trained, *, finished: bool) -> dict[str, Any]:
-        facts = {name: value for name, value in self.plan.facts.items() if name != "data_digest"}
-        if self.plan.peft is None:
-            # Of a model this names its own weights, which change from save to save.
-            facts["trained_from"] = facts.pop("base_fingerprint", None)
         return {
-            **facts, **trained.report(), "iteration": position.iteration, "finished": finished,
+            **self.plan.record_facts(), **trained.report(), "iteration": position.iteration, "finished": finished,
             **position.history, **self.counts, "identity": self.plan.identity(),
             "compute_dtype": _compute_dtype(trained), **({"rollback": self.rollback} if self.rollback else {}),
         }  # fmt: skip

@@ -1,21 +1,10 @@
 """The configuration of sft/megatron_bridge: that of peft/megatron_bridge without `peft`."""
 
-from collections.abc import Iterator
-from typing import Literal
-
-from pydantic import Field
-
-from steps.engine.train.settings import BASE, DATA, TrainingConfig
-from steps.errors import Problem
+from steps.engine.train.engines import EngineConfig
+from steps.engine.train.settings import BASE, DATA
 
 __all__ = ["BASE", "DATA", "Config"]
 
 
-class Config(TrainingConfig):
+class Config(EngineConfig):
     """One fine-tuning run of all weights of a model."""
-
-    engine: Literal["torch"] = Field("torch", description="Who trains: the built-in torch engine")
-
-    def check_values(self) -> Iterator[Problem]:
-        yield from super().check_values()
-        yield from self.check_torch()

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from steps import runtime
-from steps.engine.train.finetune import finetune, probe
-from steps.runtime.figures import probed
+from steps.runtime.training import train
 from steps.sft.megatron_bridge.schema import Config
 
 
 def run(job: runtime.Job[Config]) -> None:
-    """Train, or try a few steps of it."""
-    plan = job.config.plan(job.inputs)
-    if job.probe:
-        job.summary(**probed(probe(plan, job.progress)))
-        return
-    result = finetune(plan, job.record("checkpoint.save"), job.progress)
-    job.summary(checkpoint=job.config.checkpoint.save, **result.told())
+    """Hand the work to the engine that the configuration chooses."""
+    train(job)
 
 
 if __name__ == "__main__":
