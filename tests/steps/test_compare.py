@@ -207,12 +207,15 @@ def test_everything_that_is_wrong_is_told_at_once_before_anything_trains(inputs)
         {"name": "c", "set": ["peft.dim"]},
         {"name": "d", "set": ["rng.seed=5"]},
         {"name": "../e", "set": []},
+        {"name": "f", "set": ["~checkpoint"]},
+        {"name": "g", "set": ["~train.ietrs"]},
     ]
     told = faults(inputs, wrong)
     for part in (
         "variants.0 (a): peft.type:", "variants.1 (b): peft.dmi: unknown key", "Did you mean peft.dim?",
-        "variants.2 (b): optimizer.lr:", "variants.3 (c): peft.dim: is no setting",
+        "variants.2 (b): optimizer.lr:", "variants.3 (c): peft.dim: is neither an option nor key=value",
         "variants.4 (d): rng.seed: is decided by the comparison", "2 variants are named 'b'", "'../e' is no name",
+        "variants.6 (f): checkpoint: is decided", "variants.7 (g): train.ietrs: there is no such key to delete",
     ):  # fmt: skip
         assert part in told, part
     assert "seeds: [3, 3] holds a seed twice" in faults(inputs, [LORA], seeds=[3, 3])
@@ -227,6 +230,18 @@ def test_a_variant_of_another_method_leaves_the_common_methods_settings_behind(i
     one, other = (variant.trial(typed.common(), None, 7, typed.runs) for variant in typed.compared)
     assert one.config["peft"] == {"type": "vblora", "dim": 4, "dropout": 0.1, "target_modules": ["linear_qkv"]}
     assert other.config["peft"] == peft
+
+
+def test_a_variant_is_any_dotlist(inputs):
+    data = config(
+        inputs, [{"name": "v", "set": ["~train.eval_iters", "+train.log_interval=2", "peft.target_modules.0=x"]}]
+    )
+    data["peft"] = {"type": "lora", "target_modules": ["linear_qkv", "linear_proj"]}
+    typed = Config.model_validate(data)
+    (variant,) = typed.compared
+    made = variant.trial(typed.common(), None, 7, typed.runs).config
+    assert made["train"] == {"train_iters": 4, "global_batch_size": 4, "eval_interval": 2, "log_interval": 2}
+    assert made["peft"]["target_modules"] == ["x", "linear_proj"]
 
 
 def test_data_made_anew_at_the_same_path_are_other_data(inputs):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steps.config import yaml12
+from steps.config import dotlist, yaml12
 from steps.config.secrets import is_secret
 from steps.config.validate import source_of
-from steps.dispatch import catalog, dotlist
+from steps.dispatch import catalog
 from steps.dispatch.interpolation import copied, dotted, leaves, resolve, resolved
 from steps.errors import ConfigError, ExecutorError, Problem
 from steps.manifest import Manifest

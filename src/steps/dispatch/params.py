@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import Field
 
+from steps.config import dotlist
 from steps.config.base import Section, of_its_kind, section
 from steps.config.peft import Peft
 from steps.config.training import Precision
 from steps.config.validate import check_section, source_of
-from steps.dispatch import complete, dotlist, render
+from steps.dispatch import complete, render
 from steps.dispatch.accounts import text
 from steps.errors import ConfigError, Problem, StepsError
 from steps.shapes.account import Account, misfits

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steps.config import yaml12
+from steps.config import dotlist
 from steps.config.base import of_its_kind, section
 from steps.config.peft import Peft
 from steps.config.training import Optimizer
 from steps.config.validate import keys, validate
 from steps.engine.train.settings import TrainingConfig
-from steps.errors import ConfigError, Problem
+from steps.errors import ConfigError, Problem, UsageError
 
 ADAPTERS, WHOLE = "peft/megatron_bridge", "sft/megatron_bridge"
 _DEFAULT_LR: float = Optimizer.model_fields["lr"].default
@@ -67,7 +67,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared. settings: `key=value` over the common configuration; lrs: the learning rates that are tried."""
+    """What is compared. settings: a dotlist over the common configuration; lrs: the learning rates that are tried."""
 
     name: str
     settings: Sequence[str]
@@ -105,24 +105,17 @@ def typed(trial: Trial) -> TrainingConfig:
 
 
 def _applied(common: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """The common sections with `key=value` set in them. `peft=null` takes the adapter away."""
+    """The common sections with a variant's settings in them. `peft=null` takes the adapter away. Raises ConfigError."""
     data: dict[str, Any] = json.loads(json.dumps(common))
-    problems = []
-    given = set()
-    for text in settings:
-        key, is_set, value = text.partition("=")
-        if not is_set or not key.strip():
-            problems.append(Problem(text, "is no setting", allowed="key=value"))
-        elif any(key == ours or key.startswith(f"{ours}.") for ours in _OURS):
-            problems.append(Problem(key, "is decided by the comparison", hint="Use seeds, checkpoint.save or profile."))
-        else:
-            given.add(key)
-            try:
-                _put(data, key.split("."), _value(value))
-            except (ValueError, TypeError) as error:
-                problems.append(Problem(key, f"cannot be set: {error}"))
-    if problems:
-        raise ConfigError(problems)
+    try:
+        overrides = dotlist.parse(settings)
+    except UsageError as error:
+        raise ConfigError(error.problems) from error
+    if ours := [one.dotted for one in overrides if _decided(one.dotted)]:
+        hint = "Use seeds, checkpoint.save or profile."
+        raise ConfigError([Problem(key, "is decided by the comparison", hint=hint) for key in ours])
+    dotlist.apply(data, {}, overrides)
+    given = {one.dotted for one in overrides}
     peft = data.get("peft", {})
     if peft is None:
         del data["peft"]
@@ -133,19 +126,9 @@ def _applied(common: Mapping[str, Any], settings: Sequence[str]) -> dict[str, An
     return data
 
 
-def _value(text: str) -> Any:
-    return yaml12.parse_value(text) if text[:1] in ("[", "{", '"', "'") else yaml12.scalar(text)
-
-
-def _put(data: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    *sections, last = path
-    for name in sections:
-        if data.get(name) is None:
-            data[name] = {}
-        data = data[name]
-        if not isinstance(data, dict):
-            raise ValueError(f"{name} is no section")
-    data[last] = value
+def _decided(key: str) -> bool:
+    """Whether a key is, lies in, or holds one that the comparison itself decides."""
+    return any(f"{one}.".startswith(f"{other}.") for name in _OURS for one, other in ((key, name), (name, key)))
 
 
 def check(

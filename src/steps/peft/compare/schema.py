@@ -33,7 +33,9 @@ class Variant(Section):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     name: str = Field(description="Its name in tables, plots and directories")
-    set: list[str] = Field([], description="Settings over the common ones: key=value; peft=null trains the whole model")
+    set: list[str] = Field(
+        [], description="Dotlist over the common settings (key=value, ~key); peft=null trains the whole model"
+    )
     lr: list[float] | None = Field(None, description="Learning rates that are tried (default: lr_grid)")
 
 

@@ -1,4 +1,4 @@
-"""The overrides of the command line: `a.b=1`, `+a.b=1`, `++a.b=1`, `~a.b`, `a.list.0=x`, `a.list[0]=x`."""
+"""Overrides, of the command line or of a variant: `a.b=1`, `+a.b=1`, `++a.b=1`, `~a.b`, `a.list.0=x`, `a.list[0]=x`."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steps.dispatch import dotlist
+from steps.config import dotlist
 from steps.errors import ConfigError, UsageError
 
 
