@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from steps.engine.adapters.base import create
 from steps.engine.adapters.trained import attach_trained
@@ -15,11 +13,10 @@ from steps.engine.checkpoint import mapping
 from steps.engine.checkpoint.convert import megatron_source
 from steps.engine.checkpoint.fingerprint import Fingerprint, verify, verify_trained_on
 from steps.engine.checkpoint.hf import Source, open_source
-from steps.engine.checkpoint.lazy import LazyTensors
 from steps.engine.checkpoint.merge import Adapter, open_adapter
-from steps.engine.model.decoder import Decoder, load_weights
+from steps.engine.model.decoder import Decoder
 from steps.engine.progress import Progress
-from steps.engine.train.precision import compute_dtype
+from steps.engine.train.bases import load_base
 from steps.errors import ArtifactError
 
 
@@ -62,18 +59,11 @@ def open_model(asked: Asked, progress: Progress) -> Opened:
 def _load(source: Source, adapter: Adapter | None, asked: Asked, progress: Progress) -> Opened:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = None if adapter is None else create(adapter.section, source.config)
-    held = None if method is None else method.section.quantization
     read = Fingerprint()
     weights = mapping.to_megatron(source.config, read.watch(source.tensors), str(source.path))
-    decoder = Decoder(
-        source.config,
-        dtype=compute_dtype(asked.precision, source.config.params_dtype, device),
-        device=device,
-        quantize=None if method is None else method.section.held,
-        compute_dtype=getattr(torch, held.compute_dtype) if held is not None and held.compute_dtype else None,
-    )
+    section = None if method is None else method.section
     try:
-        load_weights(decoder, _loaded(weights, progress))
+        decoder = load_base(source.config, weights, progress, precision=asked.precision, device=device, section=section)
     except ValueError as error:
         raise ArtifactError(f"{source.path} cannot be loaded: {error}", name="damaged_artifact") from error
     fingerprint = read.digest()
@@ -82,10 +72,3 @@ def _load(source: Source, adapter: Adapter | None, asked: Asked, progress: Progr
         verify_trained_on(fingerprint, asked.trained_on, source.path)
         attach_trained(decoder, adapter, method)
     return Opened(decoder.eval(), source, fingerprint)
-
-
-def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    with progress.task("load model", len(tensors), "tensors") as task:
-        for name, tensor in tensors.items():
-            yield name, tensor.load()
-            task.advance()

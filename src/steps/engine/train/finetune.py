@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from steps import machine
 from steps.artifacts.record import Record
 from steps.config.peft import Peft
 from steps.engine.adapters import base as adapters
 from steps.engine.checkpoint import mapping, megatron
-from steps.engine.checkpoint.lazy import LazyTensors
 from steps.engine.data.batches import MicroBatch, Order
 from steps.engine.data.shards import PackedSplit
-from steps.engine.model.decoder import Decoder, load_weights
+from steps.engine.model.decoder import Decoder
 from steps.engine.model.quantization import QuantizedWeight
 from steps.engine.progress import Progress
 from steps.engine.train import recompute
+from steps.engine.train.bases import load_base
 from steps.engine.train.compiling import compiled, pays
 from steps.engine.train.distributed import World, world
 from steps.engine.train.loop import Trainer, read_known
 from steps.engine.train.loss import batch_loss
 from steps.engine.train.optim import AdamW
 from steps.engine.train.plan import Plan
-from steps.engine.train.precision import compute_dtype
 from steps.engine.train.resume import find, too_far
 from steps.engine.train.saving import Position, Saver, finished, place, restore, settled_before, source
 from steps.engine.train.trained import Trained, WholeModel
@@ -230,22 +228,18 @@ def _decoder(
 ) -> Decoder:
     """The base model, frozen; held as a section says, or as it is."""
     shape = _shape(base)
-    dtype = compute_dtype(plan.train.precision, shape.params_dtype, device)
-    held = None if section is None else section.quantization
-    products = getattr(torch, held.compute_dtype) if held is not None and held.compute_dtype else None
-    decoder = Decoder(
-        shape,
-        dtype=dtype,
-        device=device,
-        recompute=plan.train.recompute_granularity == "full",
-        quantize=None if section is None else section.held,
-        compute_dtype=products,
-    )
     try:
-        load_weights(decoder, _loaded(mapping.unpadded(shape, base.tensors), progress))
+        return load_base(
+            shape,
+            mapping.unpadded(shape, base.tensors),
+            progress,
+            precision=plan.train.precision,
+            device=device,
+            section=section,
+            recompute=plan.train.recompute_granularity == "full",
+        )
     except ValueError as error:
         raise ArtifactError(Problem(where="checkpoint.pretrained_checkpoint", what=str(error))) from error
-    return decoder
 
 
 def _model(
@@ -283,13 +277,6 @@ def _first(plan: Plan, split: PackedSplit, rows: int, shape: ModelConfig, device
     """The first rows that the run trains on, one a batch."""
     order = Order(len(split), plan.rng.seed)
     return [read_known(split, [order[row]], shape.vocab_size).to(device) for row in range(min(rows, len(split)))]
-
-
-def _loaded(tensors: LazyTensors, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    with progress.task("load base", len(tensors), "tensors") as task:
-        for name, tensor in tensors.items():
-            yield name, tensor.load()
-            task.advance()
 
 
 def _compiled_by_itself(plan: Plan, trained: Trained, position: Position, split: PackedSplit, here: World) -> bool:
