@@ -20,7 +20,7 @@ from steps.errors import ConfigError, Problem
 
 #: Work of one process, in floating-point operations, from which compiling pays. It takes 10 to 30 s and saves 5 to 10 %
 #: of a step on a CPU: five to ten minutes of one core's 100 to 200 GFLOP/s. Not on a GPU: with 4,096 to 8,192 tokens at
-#: a time an H200 waits for the host to launch its kernels, and what a compiled piece checks before it runs made the steps
+#: a time an H200 waits for the host to launch its kernels, and what a compiled piece checks before it runs made steps
 #: of a 1.2B and a 135M model 6 and 16 % longer.
 _PAYS = {"cpu": 5e13}
 
