@@ -18,8 +18,6 @@ from steps.artifacts.opening import open_artifact
 from steps.artifacts.record import read
 from steps.config import yaml12
 from steps.config.validate import validate
-from steps.engine.checkpoint.convert import megatron_source
-from steps.engine.checkpoint.fingerprint import fingerprint
 from steps.errors import ConfigError
 from steps.peft.compare.schema import BASE, DATA, Config
 
@@ -29,8 +27,7 @@ pytest.importorskip("matplotlib", reason="extra report")
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     path = tmp_path_factory.mktemp("compare")
-    write_base(path / "unsealed")
-    write_base(path / "base", fingerprint=fingerprint(megatron_source(path / "unsealed").tensors))
+    write_base(path / "base", true=True)
     write_packed(path / "packed", random_rows(20), random_rows(6, seed=9))
     return path
 

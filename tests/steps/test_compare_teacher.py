@@ -11,8 +11,6 @@ import torch
 from support.packed import PACK_SIZE, random_decoder, write_base, write_packed
 
 from steps.config import yaml12
-from steps.engine.checkpoint.convert import megatron_source
-from steps.engine.checkpoint.fingerprint import fingerprint
 from steps.engine.model.generate import Sampling, generate
 
 pytest.importorskip("matplotlib", reason="extra report")
@@ -33,8 +31,7 @@ def teacher():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher")
-    write_base(path / "unsealed")
-    write_base(path / "base", fingerprint=fingerprint(megatron_source(path / "unsealed").tensors))
+    write_base(path / "base", true=True)
     starts = [[number % 61] for number in range(TEXTS)]
     sampled = generate(teacher(), starts, PACK_SIZE - 1, sampling=Sampling(temperature=1.0, seed=1))
     mask = [1] * (PACK_SIZE - 1) + [0]

@@ -12,8 +12,6 @@ from support.packed import random_rows, write_base, write_packed
 from support.run_step import run_step
 
 from steps.artifacts.record import read
-from steps.engine.checkpoint.convert import megatron_source
-from steps.engine.checkpoint.fingerprint import fingerprint
 
 pytest.importorskip("transformers", reason="extra parity")
 
@@ -21,8 +19,7 @@ pytest.importorskip("transformers", reason="extra parity")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("eval")
-    write_base(path / "unsealed")
-    write_base(path / "base", fingerprint=fingerprint(megatron_source(path / "unsealed").tensors))
+    write_base(path / "base", true=True)
     write_packed(path / "packed", random_rows(20), random_rows(6, seed=9))
     save_hf(path / "hf", "llama")
     save_tokenizer(path / "hf")

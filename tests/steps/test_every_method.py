@@ -9,9 +9,6 @@ from support.adapters import CASES, section, told, train
 from support.packed import random_rows, write_base, write_packed
 from support.run_step import run_step
 
-from steps.engine.checkpoint.convert import megatron_source
-from steps.engine.checkpoint.fingerprint import fingerprint
-
 every_case = pytest.mark.parametrize("case", CASES, ids=told)
 peft = pytest.importorskip("peft", reason="extra parity")
 
@@ -19,8 +16,7 @@ peft = pytest.importorskip("peft", reason="extra parity")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("every_method")
-    write_base(path / "unsealed")
-    write_base(path / "base", fingerprint=fingerprint(megatron_source(path / "unsealed").tensors))
+    write_base(path / "base", true=True)
     write_packed(path / "packed", random_rows(20), random_rows(6, seed=9))
     return path
 

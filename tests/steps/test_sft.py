@@ -24,8 +24,7 @@ from steps.sft.megatron_bridge.schema import BASE, DATA, Config
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     path = tmp_path_factory.mktemp("sft")
-    write_base(path / "unsealed")
-    write_base(path / "base", fingerprint=fingerprint(megatron_source(path / "unsealed").tensors))
+    write_base(path / "base", true=True)
     write_packed(path / "packed", random_rows(20), random_rows(6, seed=9))
     return path
 

@@ -12,7 +12,8 @@ import torch
 
 from steps.artifacts.record import Record, digest_files
 from steps.config.peft import Peft
-from steps.engine.checkpoint import megatron
+from steps.engine.checkpoint import convert, megatron
+from steps.engine.checkpoint import fingerprint as fingerprints
 from steps.engine.model.decoder import Decoder
 from steps.shapes.model_config import ModelConfig
 from steps.shapes.run_config import run_config
@@ -43,11 +44,18 @@ def random_decoder(shape: ModelConfig = SHAPE, seed: int = 0, **options: object)
     return decoder
 
 
-def write_base(path: Path, shape: ModelConfig = SHAPE, seed: int = 0, fingerprint: str = "base") -> Decoder:
-    """A checkpoint_megatron with record; returns its model."""
+def write_base(
+    path: Path, shape: ModelConfig = SHAPE, seed: int = 0, *, fingerprint: str = "base", true: bool = False
+) -> Decoder:
+    """A checkpoint_megatron with record; returns its model.
+
+    true: the record holds the fingerprint of the weights, for steps that look at it, instead of any text.
+    """
     decoder = random_decoder(shape, seed)
     tensors = dict(decoder.named_parameters())
     megatron.write(path, tensors, num_layers=shape.num_layers, run_config=run_config(shape))
+    if true:
+        fingerprint = fingerprints.fingerprint(convert.megatron_source(path).tensors)
     facts = {"base_fingerprint": fingerprint, "tokenizer_digest": TOKENIZER, "model": shape.to_dict()}
     _seal(path, "checkpoint_megatron", facts)
     return decoder

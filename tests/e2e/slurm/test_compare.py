@@ -10,8 +10,6 @@ from support.packed import PACK_SIZE, random_rows, write_base, write_packed
 from support.slurm_site import Site
 
 from steps.config import yaml12
-from steps.engine.checkpoint.convert import megatron_source
-from steps.engine.checkpoint.fingerprint import fingerprint
 
 pytest.importorskip("nemo_run", reason="nemo_run is not installed (pip install 'peft-steps[cluster]')")
 pytest.importorskip("matplotlib", reason="extra report")
@@ -19,8 +17,7 @@ pytest.importorskip("matplotlib", reason="extra report")
 
 @pytest.fixture
 def site(tmp_path, cluster):
-    write_base(tmp_path / "unsealed")
-    write_base(tmp_path / "base", fingerprint=fingerprint(megatron_source(tmp_path / "unsealed").tensors))
+    write_base(tmp_path / "base", true=True)
     write_packed(tmp_path / "packed", random_rows(20), random_rows(6, seed=9))
     data = {
         "engine": "torch",
