@@ -34,10 +34,12 @@ class Starter:
         self._lock = threading.Lock()
         self._stopped = False
 
-    def refused(self, step: str, config: Path) -> str:
-        """What a dry run of it says is wrong; '' for nothing. So a profile is looked at before any run."""
+    def refused(self, step: str, config: Path, directory: Path) -> str:
+        """What a dry run of it in `directory` finds wrong; '' for nothing. So a profile is looked at before any run."""
         command = [*self._command(step, config), "-d"]
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=directory, env=self._environment, capture_output=True, text=True, check=False
+        )
         return done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
 
     def _command(self, step: str, config: Path) -> list[str]:

@@ -48,7 +48,9 @@ def _rehearse(job: Job[Config], starter: Starter) -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "first.yaml"
         record.write_text(path, yaml12.dump(dict(first.config)))
-        if told := starter.refused(first.step, path):
+        # An env.toml is looked for from there upwards, as it will be from the runs' own directories.
+        near = next(folder for folder in (config.runs, *config.runs.parents) if folder.is_dir())
+        if told := starter.refused(first.step, path, near):
             what = f"profile {config.profile!r} cannot run them. A dry run of the first says:\n{told}"
             raise StepFailed(what, name="profile_refused")
 
