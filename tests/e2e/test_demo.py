@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: Shell lines of the README that are not run here but rehearsed: the demo itself, this test suite, and a run of an hour.
+#: Shell lines of the README that are rehearsed here, not run: the demo itself, this test suite, a run of an hour.
 NOT_RUN = {"make demo", "make test", "steps run peft/compare -c tweets --upstream parallel=2"}
 
 

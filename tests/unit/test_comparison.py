@@ -89,3 +89,14 @@ def test_without_losses_there_are_fewer_pictures(tmp_path):
 def test_colours_and_markers_are_as_many_as_needed():
     assert len(plots.COLOURS) == len(set(plots.COLOURS)) == len(plots.MARKERS) == len(set(plots.MARKERS))
     assert Path(plots.__file__).read_text().count("import matplotlib") == 1  # inside the function that draws
+
+
+def test_points_that_would_cover_each_other_are_moved_apart_around_their_middle():
+    found = plots._apart([4.055e6, 4.2e6, 1e8, 4.055e6])
+    assert found[2] == 1e8
+    near = sorted(found[at] for at in (0, 1, 3))
+    assert near[1] / near[0] == pytest.approx(plots._CLOSE)
+    assert near[2] / near[1] == pytest.approx(plots._CLOSE)
+    assert near[1] == pytest.approx((4.055e6 * 4.2e6 * 4.055e6) ** (1 / 3))
+    assert found[1] == near[2]
+    assert plots._apart([1.0, 10.0]) == [1.0, 10.0]

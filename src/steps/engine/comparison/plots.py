@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -77,18 +78,42 @@ def _against(
     axes: Any, rows: Sequence[Row], places: dict[str, int], label: str, of: Callable[[Row], float | None], *,
     log: bool = False,
 ) -> None:  # fmt: skip
-    """Valid loss (low is good) against something; bars from the least to the most of the seeds."""
-    for row in rows:
-        x, loss = of(row), row.valid_loss
-        if x is None or loss is None:
-            continue
+    """Valid loss (low is good) against something; bars from the least to the most of the seeds.
+
+    log: on a logarithmic axis, where what would lie on each other is moved apart.
+    """
+    known = [(row, x, row.valid_loss) for row in rows if (x := of(row)) is not None and row.valid_loss is not None]
+    values = [x for _, x, _ in known]
+    shown = _apart(values) if log else values
+    for (row, _, loss), x in zip(known, shown, strict=True):
         spread = [[loss.mean - loss.low], [loss.high - loss.mean]] if row.runs > 1 else None
         axes.errorbar(x, loss.mean, yerr=spread, label=row.name, capsize=4, linestyle="", **_style(places[row.name]))
     if log:
         axes.set_xscale("log")
-    axes.set_xlabel(label)
+    axes.set_xlabel(label if shown == values else f"{label} (where they are close, side by side)")
     axes.set_ylabel("valid loss (nats per token)")
     _legend(axes, len(rows))
+
+
+#: Two points that are nearer than this factor on an axis of decades cover each other.
+_CLOSE = 1.15
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """The values, each at least a factor _CLOSE above the one below it; groups stay around their middle."""
+    order = sorted(range(len(values)), key=lambda at: values[at])
+    groups: list[list[int]] = []
+    for at in order:
+        if groups and values[at] < values[groups[-1][-1]] * _CLOSE:
+            groups[-1].append(at)
+        else:
+            groups.append([at])
+    found = list(values)
+    for group in (group for group in groups if len(group) > 1):
+        middle = math.exp(sum(math.log(values[at]) for at in group) / len(group))
+        for number, at in enumerate(group):
+            found[at] = middle * _CLOSE ** (number - (len(group) - 1) / 2)
+    return found
 
 
 def _memory(axes: Any, rows: Sequence[Row], places: dict[str, int]) -> None:
@@ -112,7 +137,9 @@ def _curves(axes: Any, rows: Sequence[Row], outcomes: Sequence[Outcome], places:
         line = LINES[place // len(COLOURS) % len(LINES)]
         axes.plot(*zip(*run.curve, strict=True), color=style["color"], linestyle=line, linewidth=1, alpha=0.45)
         if run.valid:
-            axes.plot(*zip(*run.valid, strict=True), linestyle=line, linewidth=1.8, label=row.name, **style)
+            # A line through two points would speak of what lies between them.
+            through = line if len(run.valid) > 2 else ""
+            axes.plot(*zip(*run.valid, strict=True), linestyle=through, linewidth=1.8, label=row.name, **style)
         else:
             axes.plot([], [], linestyle=line, label=row.name, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
