@@ -16,8 +16,8 @@ from steps.engine.checkpoint import megatron
 from steps.engine.checkpoint.megatron import Checkpoint, iterations
 from steps.engine.checkpoint.merge import open_adapter
 from steps.engine.progress import Silent
-from steps.engine.train import finetune as module
-from steps.engine.train import loop
+from steps.engine.train import bases, loop
+from steps.engine.train.finetune import finetune
 from steps.errors import StepsError
 from steps.peft.megatron_bridge.schema import BASE, DATA, Config
 
@@ -48,7 +48,7 @@ def train(root: Path, train_iters: int, save: str = "lora", precision: str = "au
         BASE: open_artifact(str(root / "base"), "checkpoint_megatron", BASE),
     }
     progress = Iterations()
-    module.finetune(validate(Config, data)[0].plan(inputs), Record(type="checkpoint_lora"), progress)
+    finetune(validate(Config, data)[0].plan(inputs), Record(type="checkpoint_lora"), progress)
     return progress.trained
 
 
@@ -142,7 +142,7 @@ def test_another_precision_is_another_run(root, monkeypatch):
     with pytest.raises(StepsError, match=r"train.precision: .* in bfloat16, but .* float32") as caught:
         train(root, 11, precision="bfloat16")
     assert caught.value.name == "run_mismatch"
-    monkeypatch.setattr(module, "compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(bases, "compute_dtype", lambda *_: torch.bfloat16)
     with pytest.raises(StepsError, match=r"train.precision: .* in bfloat16.* Set train.precision=float32") as caught:
         train(root, 12, precision="auto")
     assert caught.value.name == "run_mismatch"
