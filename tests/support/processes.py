@@ -47,8 +47,8 @@ def stop_process(process: subprocess.Popen[bytes], patience: float = 5) -> None:
 
 
 def kill(pids: Iterable[int]) -> None:
-    """SIGKILL each that still lives."""
-    for pid in pids:
+    """SIGKILL each that still lives, the older first: a script would put down how a command of its own died."""
+    for pid in sorted(pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
