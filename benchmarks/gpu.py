@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,19 +17,16 @@ import pyarrow.parquet as pq
 
 from benchmarks import inputs
 from benchmarks.contenders.packs import packs
-from benchmarks.side_by_side import Comparison, Contender, alternate, table
-from benchmarks.training import flops
-from steps.artifacts import record
+from benchmarks.side_by_side import Comparison, Programs, race, table
+from benchmarks.training import flops, shape, speed
 from steps.artifacts.record import Record, digest_files
 from steps.engine.data.packed_writer import SCHEMA
-from steps.shapes.model_config import ModelConfig
 
 #: Compiled kernels for a first and a second shape are made in the first two turns.
 WARMUP, ROWS, TOKENS, VOCABULARY = 3, 200, 4096, 128256
 
-
 #: Name to module and arguments; {hf} and {base} are the model.
-CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
+CONTENDERS: Programs = {
     "ours": ("ours", ("{base}", "{packed}", "--rows", "{rows}", "--compile", "never")),
     "ours, torch.compile": ("ours", ("{base}", "{packed}", "--rows", "{rows}", "--compile", "always")),
     "peft": ("transformers_peft", ("{hf}", "{packed}", "--rows", "{rows}")),
@@ -45,14 +40,13 @@ def section(options: argparse.Namespace) -> str:
     import torch
 
     base, hugging_face = inputs.llama_1b(options.work)
-    known = record.read(base)
-    assert known is not None
-    model = ModelConfig(**known.facts["model"])
-    speed, memory, shares = [], [], []
+    model = shape(base)
+    speeds, memory, shares = [], [], []
     # Rows of one document need no mask: the peer's SDPA takes FlashAttention. For several documents it makes one.
     for what, rows, documents in (("one document a row of 2,048", 2, 1), ("ten documents a row of 4,096", 1, 10)):
         packed = _packed(options.work / f"packed_{documents}", TOKENS // rows, documents)
-        found = _run({"base": base, "hf": hugging_face, "packed": packed, "rows": rows}, options.rounds)
+        places = {"base": base, "hf": hugging_face, "packed": packed, "rows": rows}
+        found = race(CONTENDERS, places, threads=1, rounds=options.rounds, warmup=WARMUP, what=what)
         peak = [turn["flops"] / turn["seconds"] / 1e12 for turn in found.pop("peak")]
         work = sum(flops(model, pack) for pack in packs(packed, rows, seed=0)) / 1e12
         for name, turns in found.items():
@@ -60,8 +54,7 @@ def section(options: argparse.Namespace) -> str:
             shares.append(Comparison(f"{what}: {name}", "matrix product", done, peak, "TFLOP/s").row())
         for mine, peer in itertools.product(*([n for n in found if n.startswith(who)] for who in ("ours", "peft"))):
             pair = found[mine], found[peer]
-            tokens = ([turn["tokens"] / turn["seconds"] for turn in turns] for turns in pair)
-            speed.append(Comparison(f"{what}: {mine}", peer, *tokens, "tok/s").row())
+            speeds.append(Comparison(f"{what}: {mine}", peer, *map(speed, pair), "tok/s").row())
             sizes = ([turn["peak_bytes"] / 1e9 for turn in turns] for turns in pair)
             memory.append(Comparison(f"{what}: {mine}", peer, *sizes, "GB", inverse=True).row())
     return "\n\n".join(
@@ -70,7 +63,7 @@ def section(options: argparse.Namespace) -> str:
             f"On one {torch.cuda.get_device_name()}: LoRA of rank 16 on all linears of a Llama of 1.2B parameters "
             f"(Llama-3.2-1B's shape), bf16, {TOKENS:,} tokens a step, all of them trained. `peft` is transformers + "
             "peft with SDPA.",
-            table(speed),
+            table(speeds),
             "Most memory that PyTorch reserved on the GPU:",
             table(memory),
             "Operations that a step cannot do without, against the product of two 8,192 x 8,192 matrices (the share is "
@@ -78,19 +71,6 @@ def section(options: argparse.Namespace) -> str:
             table(shares),
         )
     )
-
-
-def _run(places: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    contenders = {
-        name: Contender(module, [argument.format(**places) for argument in arguments], threads=1)
-        for name, (module, arguments) in CONTENDERS.items()
-    }
-    found = alternate({name: one.turn for name, one in contenders.items()}, rounds, warmup=WARMUP)
-    for one in contenders.values():
-        one.close()
-    for name, turns in found.items():
-        print(f"{name}: {statistics.median(turn['seconds'] for turn in turns):.4f} s", flush=True)
-    return found
 
 
 def _packed(path: Path, tokens: int, documents: int) -> Path:

@@ -122,6 +122,29 @@ def alternate(turns: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: in
     return found
 
 
+#: Of contenders by name: module and arguments, in which {place} stands for something of each run.
+Programs = Mapping[str, tuple[str, Sequence[str]]]
+
+
+def race(
+    programs: Programs, places: Mapping[str, Any], *, threads: int, rounds: int, warmup: int, what: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Start the contenders, let them take turns, end them; as `alternate`. Prints a line for each.
+
+    what: the race, in these lines.
+    """
+    contenders = {
+        name: Contender(module, [argument.format(**places) for argument in arguments], threads=threads)
+        for name, (module, arguments) in programs.items()
+    }
+    found = alternate({name: one.turn for name, one in contenders.items()}, rounds, warmup=warmup)
+    for one in contenders.values():
+        one.close()
+    for name, turns in found.items():
+        print(f"{what}: {name}: {statistics.median(turn['seconds'] for turn in turns):.4g} s", flush=True)
+    return found
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One line of a table: `ours` and `theirs` by round, in `unit`, and what was promised of the ratio.

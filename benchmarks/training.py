@@ -7,14 +7,13 @@ itself); a turn is one optimizer step on one row. Ours is what `steps run peft/m
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import inputs
 from benchmarks.contenders.packs import Pack, packs
-from benchmarks.side_by_side import Comparison, Contender, alternate, table
+from benchmarks.side_by_side import Comparison, Programs, race, table
 from steps.artifacts import record
 from steps.shapes.account import Account
 from steps.shapes.model_config import ModelConfig
@@ -24,7 +23,7 @@ WARMUP = 2
 RANK = 16
 # One group is in memory at a time. Name to module and arguments; {hf} and {base} are the model, {packed} the data.
 _PEER, _OURS = ("{hf}", "{packed}"), ("{base}", "{packed}")
-GROUPS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+GROUPS: dict[str, Programs] = {
     "bf16": {
         "ours": ("ours", _OURS),
         "peft": ("transformers_peft", _PEER),
@@ -58,30 +57,35 @@ def section(options: argparse.Namespace) -> str:
     """The section of RESULTS.md."""
     packed = inputs.packed(options.work)
     tokenizer = inputs.smollm2(options.work)[1]
-    speed, memory, shares = [], [], []
+    speeds, memory, shares = [], [], []
     for model, make in inputs.MODELS.items():
         base, hugging_face = make(options.work)
         places = {"base": base, "hf": hugging_face, "packed": packed, "tokenizer": tokenizer}
         rows = [*packs(packed, WARMUP + options.rounds, seed=0)][WARMUP:]
         for threads in (1, 2):
             what = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
-            found = {group: _run(group, places, threads, options.rounds) for group in GROUPS}
+            found = {
+                group: race(
+                    programs, places, threads=threads, rounds=options.rounds, warmup=WARMUP, what=f"{what}, {group}"
+                )
+                for group, programs in GROUPS.items()
+            }
             for group, ours, peer, owed, goal in SPEED:
                 mine, theirs = found[group][ours], found[group][peer]
                 name = f"{what}, {group.partition(',')[0]}{', recomputing' if 'recompute' in ours else ''}"
-                speed.append(Comparison(name, peer, _speed(mine), _speed(theirs), "tok/s", owed, goal).row())
+                speeds.append(Comparison(name, peer, speed(mine), speed(theirs), "tok/s", owed, goal).row())
                 bounds = (0.5, 0.4) if (group, peer) == ("bf16", "peft") else (None, None)
                 sizes = ([turn["peak_bytes"] / 1e9 for turn in turns] for turns in (mine, theirs))
                 memory.append(Comparison(name, peer, *sizes, "GB", *bounds, inverse=True).row())
             for group, owed, goal in SHARES:
-                work = [flops(_shape(base), pack) / 1e9 for pack in rows]
+                work = [flops(shape(base), pack) / 1e9 for pack in rows]
                 done = [gflop / turn["seconds"] for gflop, turn in zip(work, found[group]["ours"], strict=True)]
                 peak = [turn["flops"] / turn["seconds"] / 1e9 for turn in found[group]["peak"]]
                 shares.append(Comparison(f"{what}, {group}", "matrix product", done, peak, "GFLOP/s", owed, goal).row())
-    return page(speed, memory, shares)
+    return page(speeds, memory, shares)
 
 
-def page(speed: Sequence[list[str]], memory: Sequence[list[str]], shares: Sequence[list[str]]) -> str:
+def page(speeds: Sequence[list[str]], memory: Sequence[list[str]], shares: Sequence[list[str]]) -> str:
     """The section made of these rows."""
     return "\n\n".join(
         (
@@ -89,7 +93,7 @@ def page(speed: Sequence[list[str]], memory: Sequence[list[str]], shares: Sequen
             "LoRA of rank 16 on all linears, one packed row of 2,048 tokens a step (chitchat, two or three documents a "
             "row, two fifths of the tokens trained); 57M: Llama with 8 layers of 512, random; 135M: SmolLM2. `peft` is "
             "transformers + peft.",
-            table(speed),
+            table(speeds),
             "Peak memory of the process, VmHWM:",
             table(memory),
             "Operations that a step cannot do without (products of the frozen linears forward and for the gradient of "
@@ -103,25 +107,13 @@ def page(speed: Sequence[list[str]], memory: Sequence[list[str]], shares: Sequen
     )
 
 
-def _run(group: str, places: dict[str, Path], threads: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    contenders = {
-        name: Contender(module, [argument.format(**places) for argument in arguments], threads=threads)
-        for name, (module, arguments) in GROUPS[group].items()
-    }
-    found = alternate({name: one.turn for name, one in contenders.items()}, rounds, warmup=WARMUP)
-    for one in contenders.values():
-        one.close()
-    for name, turns in found.items():
-        seconds = statistics.median(turn["seconds"] for turn in turns)
-        print(f"{places['base'].name}, {threads} threads, {group}: {name}: {seconds:.2f} s", flush=True)
-    return found
-
-
-def _speed(turns: Sequence[dict[str, Any]]) -> list[float]:
+def speed(turns: Sequence[dict[str, Any]]) -> list[float]:
+    """Tokens a second of each turn."""
     return [turn["tokens"] / turn["seconds"] for turn in turns]
 
 
-def _shape(base: Path) -> ModelConfig:
+def shape(base: Path) -> ModelConfig:
+    """Of a base that one of our steps made."""
     known = record.read(base)
     assert known is not None
     return ModelConfig(**known.facts["model"])

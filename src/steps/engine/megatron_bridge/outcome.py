@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from steps.artifacts.checkpoint import iteration_dir
-from steps.errors import StepFailed
+from steps.errors import ArtifactError, StepFailed
 
 _METHODS = {"LoRA": "lora", "DoRA": "dora", "CanonicalLoRA": "canonical_lora"}
 
@@ -50,7 +50,6 @@ def _model(save: Path) -> dict[str, Any]:
     """The account of the weights; empty for a family that only Megatron-Bridge reads."""
     from steps.engine.checkpoint import convert
     from steps.engine.checkpoint.fingerprint import fingerprint
-    from steps.errors import ArtifactError
 
     try:
         source = convert.megatron_source(save)
